@@ -1,0 +1,83 @@
+// The SIMD pack: GCC/Clang vector extensions, so one source serves every instruction set and every processor.
+//
+// Included only from *.simd.cpp, which CMake compiles once per instruction set with PYFLOWGEN_ISA naming the copy
+// (baseline, avx2, avx512). Everything lives in that namespace: two copies of an inline function compiled with
+// different flags must never share a symbol, or the linker may keep the one this processor cannot run.
+// The operators + - * / & | ^ << >> < == ?: work on packs and scalars alike; what they lack is below.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef PYFLOWGEN_ISA
+#define PYFLOWGEN_ISA baseline
+#endif
+#define PYFLOWGEN_INLINE inline __attribute__((always_inline))
+
+namespace pyflowgen::PYFLOWGEN_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int vector_bytes = 32;
+#else
+inline constexpr int vector_bytes = 16;
+#endif
+
+typedef float f32v __attribute__((vector_size(vector_bytes)));
+typedef double f64v __attribute__((vector_size(vector_bytes)));
+typedef int32_t i32v __attribute__((vector_size(vector_bytes)));
+typedef int64_t i64v __attribute__((vector_size(vector_bytes)));
+
+template <class T> struct PackOf;
+template <> struct PackOf<float> { using type = f32v; };
+template <> struct PackOf<double> { using type = f64v; };
+template <> struct PackOf<int32_t> { using type = i32v; };
+template <> struct PackOf<int64_t> { using type = i64v; };
+// Pack<float>: as many floats as one register of this copy's instruction set holds.
+template <class T> using Pack = typename PackOf<T>::type;
+// Elements of T in one register.
+template <class T> inline constexpr int lanes = vector_bytes / int(sizeof(T));
+
+// V load(p): one pack from `lanes` contiguous elements at p, no alignment asked.
+template <class T> PYFLOWGEN_INLINE Pack<T> load(const T* p) {
+  Pack<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T> PYFLOWGEN_INLINE void store(T* p, Pack<T> v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T> PYFLOWGEN_INLINE Pack<T> broadcast(T x) { return x - Pack<T>{}; }
+
+// a*b+c with one rounding where the copy has FMA, with two elsewhere.
+PYFLOWGEN_INLINE f32v fma(f32v a, f32v b, f32v c) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (f32v)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+PYFLOWGEN_INLINE f64v fma(f64v a, f64v b, f64v c) {
+#if defined(__AVX512F__)
+  return (f64v)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (f64v)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#else
+  return a * b + c;
+#endif
+}
+
+// Sum of the lanes, always in the same order.
+template <class V> PYFLOWGEN_INLINE auto reduce_add(V v) {
+  constexpr int n = int(sizeof(V) / sizeof(v[0]));
+  auto sum = v[0];
+  for (int i = 1; i < n; ++i) sum += v[i];
+  return sum;
+}
+
+} // namespace pyflowgen::PYFLOWGEN_ISA
