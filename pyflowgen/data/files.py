@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pyflowgen.data.dataset import DataError, Dataset, check_path, split
 
@@ -92,9 +91,11 @@ def table_file(path: str | Path) -> Dataset:
         raise DataError(f"{path}: reading Parquet needs the package pyarrow (pip install 'pyflowgen[tables]')") from None
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parsing errors are both ValueErrors
         raise DataError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})") from None
+    if frame.empty:
+        raise DataError(f"{path}: a table of {len(frame)} rows and {len(frame.columns)} columns, expected at least 10 rows")
     for name, column in frame.items():
         if not pandas.api.types.is_numeric_dtype(column):
-            row, value = next(((i, v) for i, v in enumerate(column) if not isinstance(v, (int, float))), (0, ""))
+            row, value = next(((i, v) for i, v in enumerate(column) if not _is_number(v)), (0, None))
             raise DataError(f"{path}: column {name!r} is not numeric (row {row + 1}: {value!r}), expected numbers only")
     return _array(path, frame.to_numpy(dtype=np.float64, na_value=np.nan), names=list(frame.columns))
 
@@ -138,7 +139,8 @@ def _array(path: Path, array: np.ndarray, prefix: str = "", names: list[Any] | N
             f"{path}: {prefix}NaN or infinite values in {rows} of {len(array)} rows (first: row {row + 1}, {where}),"
             " expected finite numbers"
         )
-    examples: Tensor = torch.from_numpy(array.astype(np.float32))
+    with np.errstate(over="ignore"):
+        examples = torch.from_numpy(array.astype(np.float32))
     if not examples.isfinite().all():
         raise DataError(f"{path}: {prefix}values beyond ±3.4e38, expected numbers that fit float32")
     return split(path.stem, examples)

@@ -67,7 +67,7 @@ def idx_folder(path: str | Path, name: str | None = None) -> Dataset:
     The last sixth of the training file is the validation set, as is the custom for MNIST (50,000 + 10,000 + 10,000).
     """
     folder = check_path(path)
-    parts = []
+    parts: list[Tensor] = []
     for stem in ("train-images-idx3-ubyte", "t10k-images-idx3-ubyte"):
         found = [f for f in (folder / stem, folder / f"{stem}.gz") if f.is_file()]
         if not found:
