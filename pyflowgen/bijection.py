@@ -15,15 +15,19 @@ def logdet_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def batch_shape(x: Tensor, event_dim: int, owner: object) -> torch.Size:
-    """Leading shape of `x` left of its `event_dim` event dimensions; a ValueError naming `owner` if there are too few."""
+    """Shape of `x` left of its `event_dim` event dimensions; a ValueError naming `owner` if there are too few."""
     if x.dim() < event_dim:
-        raise ValueError(f"{type(owner).__name__}: x has shape {tuple(x.shape)}, expected at least {event_dim} dimensions")
+        raise ValueError(
+            f"{type(owner).__name__}: x has shape {tuple(x.shape)}, expected at least {event_dim} dimensions"
+        )
     return x.shape[: x.dim() - event_dim]
 
 
 def sum_event(x: Tensor, event_dim: int) -> Tensor:
     """Sum over the trailing `event_dim` dimensions, in at least float32.
 
+    >>> import torch
+    >>> from pyflowgen.bijection import sum_event
     >>> sum_event(torch.ones(5, 2, 3), 2)
     tensor([6., 6., 6., 6., 6.])
     """
@@ -42,6 +46,8 @@ class Bijection(nn.Module):
 
     Reference: Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015.
 
+    >>> import torch
+    >>> from pyflowgen.bijection import Bijection
     >>> class Double(Bijection):
     ...     def forward(self, x, context=None):
     ...         return 2 * x, torch.full(x.shape[:-1], x.shape[-1] * 0.6931472)
@@ -78,9 +84,11 @@ class Bijection(nn.Module):
 class Chain(Bijection):
     r"""Composition :math:`f_n \circ \dots \circ f_1`, whose log-determinants add up.
 
-    `Chain(f1, ..., fn)` applies `f1` first; `inverse` runs through them backwards. Indexing gives a bijection, slicing a
-    `Chain` that shares its parameters.
+    `Chain(f1, ..., fn)` applies `f1` first; `inverse` runs through them backwards. Indexing gives a bijection, slicing
+    a `Chain` that shares its parameters.
 
+    >>> import torch
+    >>> from pyflowgen.bijection import Chain
     >>> from pyflowgen.layers import Permutation, Scale
     >>> chain = Chain(Permutation([1, 0]), Scale(2, init=False))
     >>> y, logdet = chain(torch.tensor([[1.0, 2.0]]))
@@ -151,6 +159,8 @@ class Chain(Bijection):
 class Inverse(Bijection):
     """The same map the other way round: `forward` and `inverse` change places, parameters are shared.
 
+    >>> import torch
+    >>> from pyflowgen.bijection import Inverse
     >>> from pyflowgen.layers import Logit
     >>> sigmoid = Inverse(Logit(alpha=0.0))
     >>> sigmoid(torch.zeros(1, 1))[0]

@@ -23,6 +23,8 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = 1) -> Tensor:
         levels: L for data of L levels that was scaled to the unit interval outside the density; 1 where the density is
             of the integers themselves (a flow that starts with `Dequantize`).
 
+    >>> import torch
+    >>> from pyflowgen.flow import bits_per_dim
     >>> bits_per_dim(torch.tensor(0.0), 64, 256)  # a uniform density on [0, 1)
     tensor(8.)
     """
@@ -34,6 +36,8 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = 1) -> Tensor:
 class LogisticDistribution(Distribution):
     r"""Logistic distribution, :math:`\log p(x) = -z - 2\,\mathrm{softplus}(-z) - \log s` with :math:`z = (x-\mu)/s`.
 
+    >>> import torch
+    >>> from pyflowgen.flow import LogisticDistribution
     >>> LogisticDistribution(torch.tensor(0.0), torch.tensor(1.0)).log_prob(torch.tensor(0.0))
     tensor(-1.3863)
     """
@@ -121,6 +125,8 @@ class DiagNormal(_DiagonalBase):
 
     Calling it gives a `torch.distributions.Distribution`. It takes no context: conditions act in the bijection.
 
+    >>> import torch
+    >>> from pyflowgen.flow import DiagNormal
     >>> DiagNormal(2)().log_prob(torch.zeros(2))
     tensor(-1.8379)
     """
@@ -129,18 +135,19 @@ class DiagNormal(_DiagonalBase):
         n = len(self.event_shape)
         if self.learnable:
             return Independent(Normal(self.loc, self.log_scale.exp(), validate_args=False), n, validate_args=False)
-        return _StandardNormal(
-            Normal(self.loc, torch.ones_like(self.loc), validate_args=False), n, validate_args=False
-        )
+        return _StandardNormal(Normal(self.loc, torch.ones_like(self.loc), validate_args=False), n, validate_args=False)
 
 
 class Logistic(_DiagonalBase):
     r"""Logistic distribution with independent dimensions, NICE's prior: standard, or learnable.
 
-    Standard: :math:`\log p(z) = \sum_i -\mathrm{softplus}(z_i) - \mathrm{softplus}(-z_i)`, sampled by :math:`\mathrm{logit}(u)`.
+    Standard: :math:`\log p(z) = \sum_i -\mathrm{softplus}(z_i) - \mathrm{softplus}(-z_i)`, sampled by
+    :math:`z = \mathrm{logit}(u)`.
 
     Reference: Dinh, Krueger and Bengio, *NICE*, 2014, section 3.4.
 
+    >>> import torch
+    >>> from pyflowgen.flow import Logistic
     >>> Logistic(2)().log_prob(torch.zeros(2))
     tensor(-2.7726)
     """
@@ -151,11 +158,13 @@ class Logistic(_DiagonalBase):
 
 
 class Flow(nn.Module):
-    r"""Density of :math:`x = f^{-1}(z)`, :math:`z` from the base: :math:`\log p(x) = \log p_Z(f(x)) + \log|\det \partial f/\partial x|`.
+    r"""Density of :math:`x = f^{-1}(z)` with :math:`z` from a base distribution.
+
+    .. math:: \log p(x) = \log p_Z(f(x)) + \log|\det \partial f/\partial x|
 
     Args:
-        base: module that gives a `torch.distributions.Distribution` of event shape `bijection`'s latents when called with
-            `context` or None, such as `DiagNormal` or `Logistic`.
+        base: module that gives a `torch.distributions.Distribution` of `bijection`'s latents when called with `context`
+            or None, such as `DiagNormal` or `Logistic`.
         bijection: the map from data to noise.
         event_shape: shape of one datum where it differs from the base's (images with flat latents).
         context_dim: number of trailing dimensions of one context (1: a vector per datum).
@@ -165,6 +174,8 @@ class Flow(nn.Module):
 
     Reference: Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015.
 
+    >>> import torch
+    >>> from pyflowgen.flow import DiagNormal, Flow
     >>> from pyflowgen.bijection import Chain
     >>> from pyflowgen.layers import ActNorm
     >>> flow = Flow(DiagNormal(2), Chain(ActNorm(2)))
@@ -241,9 +252,7 @@ class Flow(nn.Module):
             x, z, logdet, base = self._draw(shape, context, differentiable=False)
             return x, base.log_prob(z) - logdet
 
-    def distribution(
-        self, context: Tensor | None = None, *, validate_args: bool | None = None
-    ) -> FlowDistribution:
+    def distribution(self, context: Tensor | None = None, *, validate_args: bool | None = None) -> FlowDistribution:
         """This flow under `context` as a `torch.distributions.Distribution`; batch shape from the context."""
         return FlowDistribution(self, context, validate_args=validate_args)
 
@@ -293,6 +302,8 @@ def _broadcast(a: torch.Size, b: torch.Size, x: Tensor, context: Tensor) -> torc
 class FlowDistribution(Distribution):
     """A flow under one context as a `torch.distributions.Distribution`, made by `Flow.distribution`.
 
+    >>> import torch
+    >>> from pyflowgen.flow import DiagNormal, Flow
     >>> from pyflowgen.layers import ActNorm
     >>> d = Flow(DiagNormal(2), ActNorm(2)).distribution().expand([3])
     >>> d.batch_shape, d.event_shape, d.sample((5,)).shape, d.log_prob(torch.zeros(2)).shape

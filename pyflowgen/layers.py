@@ -29,6 +29,8 @@ class Permutation(Bijection):
 
     The index is a buffer: it travels with the state dict, so a random permutation is restored with the weights.
 
+    >>> import torch
+    >>> from pyflowgen.layers import Permutation
     >>> Permutation.reverse(3)(torch.tensor([[1.0, 2.0, 3.0]]))
     (tensor([[3., 2., 1.]]), tensor([0.]))
     """
@@ -40,8 +42,10 @@ class Permutation(Bijection):
     def __init__(self, index: Tensor | Sequence[int], dim: int = -1, event_dim: int | None = None) -> None:
         super().__init__()
         index = torch.as_tensor(index).detach().clone()
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32) or not torch.equal(
-            index.sort().values, torch.arange(len(index), dtype=index.dtype, device=index.device)
+        if (
+            index.dim() != 1
+            or index.dtype not in (torch.int64, torch.int32)
+            or not torch.equal(index.sort().values, torch.arange(len(index), dtype=index.dtype, device=index.device))
         ):
             raise ValueError(
                 f"Permutation: index has shape {tuple(index.shape)} and type {index.dtype}, "
@@ -159,6 +163,8 @@ class ActNorm(_DataInit):
 
     Reference: Kingma and Dhariwal, *Glow*, 2018, section 3.1 (there written :math:`(x + b')e^{s}`).
 
+    >>> import torch
+    >>> from pyflowgen.layers import ActNorm
     >>> norm = ActNorm(2)
     >>> y, logdet = norm(5 + 3 * torch.randn(1000, 2))
     >>> bool(y.mean().abs() < 1e-5), bool((y.std(0) - 1).abs().max() < 1e-2), logdet.shape
@@ -184,7 +190,8 @@ class ActNorm(_DataInit):
         batch = batch_shape(x, self.event_dim, self)
         if x.shape[-self.event_dim] != self.features:
             raise ValueError(
-                f"ActNorm: x has shape {tuple(x.shape)}, expected {self.features} channels on dimension {-self.event_dim}"
+                f"ActNorm: x has shape {tuple(x.shape)}, "
+                f"expected {self.features} channels on dimension {-self.event_dim}"
             )
         if learn:
             self._maybe_init(x)
@@ -213,18 +220,17 @@ class Scale(_DataInit):
     Args:
         event_shape: shape of one event (an integer for vectors); there is one :math:`s_i` per entry.
         std: standard deviation the output gets on the first batch; the logistic prior's is :math:`\pi/\sqrt3 = 1.81`.
-        init: set :math:`s_i = \log(\mathrm{std}/\mathrm{std}_i(x))` from the first batch in training mode, else 0. Without
-            it, hundreds of updates go into the scale of pixels that hardly vary.
+        init: set :math:`s_i = \log(\mathrm{std}/\mathrm{std}_i(x))` from the first batch in training mode, else 0.
+            Without it, hundreds of updates go into the scale of pixels that hardly vary.
         eps: smallest standard deviation divided by.
 
     Reference: Dinh, Krueger and Bengio, *NICE*, 2014, section 3.3.
 
+    >>> import torch
+    >>> from pyflowgen.layers import Scale
     >>> y, logdet = Scale(2)(torch.tensor([[0.0, 0.0], [2.0, 4.0]]))
-    >>> y
-    tensor([[0., 0.],
-            [2., 2.]])
-    >>> logdet
-    tensor([-0.6931, -0.6931])
+    >>> y.tolist(), logdet.detach()
+    ([[0.0, 0.0], [2.0, 2.0]], tensor([-0.6931, -0.6931]))
     """
 
     def __init__(
@@ -269,6 +275,8 @@ class Squeeze(Bijection):
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017, section 3.6.
 
+    >>> import torch
+    >>> from pyflowgen.layers import Squeeze
     >>> y, logdet = Squeeze()(torch.arange(4.0).reshape(1, 1, 2, 2))
     >>> y.flatten().tolist(), y.shape, logdet
     ([0.0, 1.0, 2.0, 3.0], torch.Size([1, 4, 1, 1]), tensor([0.]))
@@ -315,10 +323,10 @@ class Logit(Bijection):
     .. math:: y = \log\frac{p}{1-p},\quad p = \alpha + (1-2\alpha)x, \qquad
               \log|\det| = \sum_i \log(1-2\alpha) - \log p_i - \log(1-p_i)
 
-    :math:`\alpha > 0` keeps both ends of [0, 1] finite. The text of the paper has :math:`\alpha + (1-\alpha)x`, which is
-    infinite at 1; its published code, and most that followed, use the symmetric form taken here.
-    `inverse` covers the whole real line and can exceed [0, 1] by :math:`\alpha/(1-2\alpha)`; outside that range `forward`
-    gives NaN.
+    :math:`\alpha > 0` keeps both ends of [0, 1] finite. The text of the paper has :math:`\alpha + (1-\alpha)x`, which
+    is infinite at 1; its published code, and most that followed, use the symmetric form taken here.
+    `inverse` covers the whole real line and can exceed [0, 1] by :math:`\alpha/(1-2\alpha)`; outside that range
+    `forward` gives NaN.
 
     Args:
         alpha: margin, in [0, 0.5).
@@ -326,6 +334,8 @@ class Logit(Bijection):
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017, section 4.1.
 
+    >>> import torch
+    >>> from pyflowgen.layers import Logit
     >>> y, logdet = Logit()(torch.tensor([[0.0, 0.5, 1.0]]))
     >>> y
     tensor([[-2.9444,  0.0000,  2.9444]])
@@ -377,6 +387,8 @@ class Dequantize(Bijection):
 
     Reference: Theis, van den Oord and Bethge, *A note on the evaluation of generative models*, 2016, section 3.1.
 
+    >>> import torch
+    >>> from pyflowgen.layers import Dequantize
     >>> layer = Dequantize(256)
     >>> y, logdet = layer(torch.tensor([[0, 255]]))
     >>> bool((0 < y).all() and (y < 1).all()), layer.inverse(y)[0], logdet
@@ -425,6 +437,8 @@ class MultiScale(Bijection):
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017, section 3.6.
 
+    >>> import torch
+    >>> from pyflowgen.layers import MultiScale, Squeeze
     >>> scales = MultiScale([Squeeze(), Squeeze()], (1, 4, 4))
     >>> x = torch.randn(3, 1, 4, 4)
     >>> z, logdet = scales(x)
@@ -457,7 +471,9 @@ class MultiScale(Bijection):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch = batch_shape(x, 3, self)
         if x.shape[len(batch) :] != self.event_shape:
-            raise ValueError(f"MultiScale: x has shape {tuple(x.shape)}, expected it to end with {tuple(self.event_shape)}")
+            raise ValueError(
+                f"MultiScale: x has shape {tuple(x.shape)}, expected it to end with {tuple(self.event_shape)}"
+            )
         latents: list[Tensor] = []
         total: Tensor | None = None
         for i, stage in enumerate(self.stages):
@@ -472,7 +488,7 @@ class MultiScale(Bijection):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch = batch_shape(y, 1, self)
         if y.shape[-1] != sum(self._sizes):
-            raise ValueError(f"MultiScale: y has shape {tuple(y.shape)}, expected {sum(self._sizes)} latents at its end")
+            raise ValueError(f"MultiScale: y has shape {tuple(y.shape)}, expected {sum(self._sizes)} latents")
         latents = [z.unflatten(-1, s) for z, s in zip(y.split(self._sizes, -1), self._latents, strict=True)]
         x = latents[-1]
         total: Tensor | None = None

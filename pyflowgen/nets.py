@@ -21,6 +21,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 def activation(name: str) -> nn.Module:
     """The activation layer called `name`; a ValueError lists the known names.
 
+    >>> from pyflowgen.nets import activation
     >>> activation("silu")
     SiLU()
     """
@@ -47,6 +48,8 @@ class MLP(nn.Module):
         context_features: size of the context's last dimension; 0 for none. Its leading dimensions broadcast with `x`'s.
         zero_init_last: start the last layer at zero, so that a coupling starts as the identity.
 
+    >>> import torch
+    >>> from pyflowgen.nets import MLP
     >>> net = MLP(3, [16], 4, context_features=2)
     >>> net(torch.randn(5, 3), torch.randn(5, 2))
     tensor([[0., 0., 0., 0.],
@@ -102,11 +105,12 @@ class _ResidualBlock(nn.Module):
 class ConvResNet(nn.Module):
     r"""Small residual convolution network that keeps height and width, the conditioner of an image coupling.
 
-    3×3 convolution, then `blocks` times :math:`h + \mathrm{conv}_{3\times3}\,\sigma\,\mathrm{conv}_{3\times3}\,\sigma\,h`,
-    then an activation and a 1×1 convolution.
+    3×3 convolution, then `blocks` times
+    :math:`h + \mathrm{conv}_{3\times3}\,\sigma\,\mathrm{conv}_{3\times3}\,\sigma\,h`, an activation and a 1×1
+    convolution.
 
     Args:
-        in_channels, hidden_channels, out_channels: channels of input `(..., C, H, W)`, of the blocks, and of the output.
+        in_channels, hidden_channels, out_channels: channels of the input `(..., C, H, W)`, the blocks, the output.
         blocks: number of residual blocks.
         activation: name of the activation.
         context_features: size of a context vector `(..., F)`, mapped linearly onto the hidden channels; 0 for none.
@@ -115,6 +119,8 @@ class ConvResNet(nn.Module):
 
     Reference: He et al., *Identity Mappings in Deep Residual Networks*, 2016, in the use of *Real NVP*, section 4.1.
 
+    >>> import torch
+    >>> from pyflowgen.nets import ConvResNet
     >>> ConvResNet(3, 8, 6)(torch.randn(2, 3, 4, 4)).shape
     torch.Size([2, 6, 4, 4])
     """
