@@ -1,4 +1,4 @@
-"""The command line: train, sample, evaluate, info. Every fault of the user's is one line on standard error, exit code 2."""
+"""The command line: train, sample, evaluate, info. A fault of the user's is one line on standard error, exit code 2."""
 
 from __future__ import annotations
 
@@ -95,13 +95,22 @@ def _pairs(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...
 
 @main.command()
 @click.argument("model", type=click.Choice(list(RECIPES)))
-@click.option("--data", help=f"One of {', '.join(NAMES)}, or a path: folder of images or IDX files, .npy, .npz, .csv, "
-              ".parquet.  [default: digits]")  # fmt: skip
+@click.option(
+    "--data",
+    help=f"One of {', '.join(NAMES)}, or a path: folder of images or IDX files, .npy, .npz, .csv, "
+    ".parquet.  [default: digits]",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; only the budget and the path may change.")
-@click.option("--shape", "form", type=click.Choice(["native", "flat", "image"]),
-              help="Shape of the examples: as the source has them, vectors, or images.  [default: the model's]")  # fmt: skip
-@click.option("--set", "options", multiple=True, callback=_pairs, metavar="NAME=VALUE", help="Argument of the model; repeatable.")
+@click.option(
+    "--shape",
+    "form",
+    type=click.Choice(["native", "flat", "image"]),
+    help="Shape of the examples: as the source has them, vectors, or images.  [default: the model's]",
+)
+@click.option(
+    "--set", "options", multiple=True, callback=_pairs, metavar="NAME=VALUE", help="Argument of the model; repeatable."
+)
 @click.option("--epochs", type=int, help="Passes over the training data.")
 @click.option("--time-limit", type=float, help="Seconds of training.")
 @click.option("--batch", type=int, help="Examples a step.")
@@ -118,9 +127,17 @@ def _pairs(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...
 @click.option("--progress/--no-progress", default=True, help="A bar with live bits/dim or nats on standard error.")
 @_common
 def train(
-    model: str, data: str | None, out: Path, resume: bool, form: str | None, options: dict[str, Any], progress: bool,
-    device: str, threads: int | None, **settings: Any,
-) -> None:  # fmt: skip
+    model: str,
+    data: str | None,
+    out: Path,
+    resume: bool,
+    form: str | None,
+    options: dict[str, Any],
+    progress: bool,
+    device: str,
+    threads: int | None,
+    **settings: Any,
+) -> None:
     """Train MODEL; what is not given comes from the model's recipe for the data.
 
     Ctrl-C saves and ends with code 130; --resume continues bit for bit.
@@ -132,10 +149,15 @@ def train(
         describe, config = _resumed(out, model, data, form, options, settings)
         about = describe["data"]
         examples = load_as(about["source"], about["form"])
-        network = load_run(out, "last").model if (out / CHECKPOINT).exists() else chosen.model.from_config(describe["model_config"])
-        if list(examples.event_shape) != about["event_shape"] or [
-            len(examples.train), len(examples.valid), len(examples.test)
-        ] != about["sizes"]:  # fmt: skip
+        network = (
+            load_run(out, "last").model
+            if (out / CHECKPOINT).exists()
+            else chosen.model.from_config(describe["model_config"])
+        )
+        if (
+            list(examples.event_shape) != about["event_shape"]
+            or [len(examples.train), len(examples.valid), len(examples.test)] != about["sizes"]
+        ):
             raise RunError(f"{about['source']}: has changed since {out} was begun, which cannot be resumed on it")
     else:
         if (out / CHECKPOINT).exists():
@@ -157,7 +179,8 @@ def train(
         nats = evaluate_model(network, examples, examples.test)["nats"]
     click.echo(
         f"{model} on {examples.name}: {result.epochs} epochs ({result.steps} steps) in {result.seconds:.1f} s, "
-        f"stopped by {result.stopped}; best validation {say(result.best_valid)} (epoch {result.best_epoch}); test {say(nats)}"
+        f"stopped by {result.stopped}; best validation {say(result.best_valid)} (epoch {result.best_epoch}); "
+        f"test {say(nats)}"
     )
 
 
@@ -174,7 +197,10 @@ def _resumed(
         if describe["model"] != model:
             raise RunError(f"{out}: holds a {describe['model']}, not a {model}")
         before = TrainConfig.of(describe["train"])
-        asked = {"data": (data and _source(data), describe["data"]["source"]), "shape": (form, describe["data"]["form"])}
+        asked = {
+            "data": (data and _source(data), describe["data"]["source"]),
+            "shape": (form, describe["data"]["form"]),
+        }
     except (KeyError, TypeError) as error:
         raise RunError(f"{out}: config.json does not describe a run ({type(error).__name__}: {error})") from None
     asked |= {k: (v, getattr(before, k)) for k, v in settings.items() if k not in free}
@@ -191,7 +217,9 @@ def _path_of(run: Run, path: str | None) -> str:
 
 
 _run_argument = click.argument("run", type=click.Path(path_type=Path))
-_weights = click.option("--weights", type=click.Choice(["best", "last"]), default="best", help="Which of the run's weights.")
+_weights = click.option(
+    "--weights", type=click.Choice(["best", "last"]), default="best", help="Which of the run's weights."
+)
 
 
 @main.command()
@@ -203,9 +231,16 @@ _weights = click.option("--weights", type=click.Choice(["best", "last"]), defaul
 @_weights
 @_common
 def sample(
-    run: Path, count: int, grid: Path | None, out: Path | None, seed: int, weights: str,
-    path: str | None, device: str, threads: int | None,
-) -> None:  # fmt: skip
+    run: Path,
+    count: int,
+    grid: Path | None,
+    out: Path | None,
+    seed: int,
+    weights: str,
+    path: str | None,
+    device: str,
+    threads: int | None,
+) -> None:
     """Draw samples from the model in folder RUN."""
     if grid is None and out is None:
         raise click.UsageError("nothing to write: give --grid FILE.png, --out FILE.npy, or both")
@@ -243,9 +278,17 @@ def _chunks(total: int, size: int) -> list[int]:
 @_weights
 @_common
 def evaluate(
-    run: Path, data: str | None, split: str, draws: int, seed: int, as_json: bool, weights: str,
-    path: str | None, device: str, threads: int | None,
-) -> None:  # fmt: skip
+    run: Path,
+    data: str | None,
+    split: str,
+    draws: int,
+    seed: int,
+    as_json: bool,
+    weights: str,
+    path: str | None,
+    device: str,
+    threads: int | None,
+) -> None:
     """Log-likelihood of data under the model in folder RUN: nats, and bits/dim where the data has levels."""
     if threads:
         torch.set_num_threads(threads)
@@ -263,7 +306,8 @@ def evaluate(
     bits = "" if found["bits_per_dim"] is None else f", {found['bits_per_dim']:.4f} bits/dim"
     spread = "" if error is None else f" ± {error:.3f}"
     click.echo(
-        f"{found['model']} on {found['data']} ({split}, {found['examples']} examples): {found['nats']:.3f}{spread} nats{bits}"
+        f"{found['model']} on {found['data']} ({split}, {found['examples']} examples): "
+        f"{found['nats']:.3f}{spread} nats{bits}"
     )
 
 

@@ -59,9 +59,9 @@ RECIPES: dict[str, Recipe] = {
         _nice,
         "flat",
         train={"epochs": 50, "batch": 200, "patience": 20},
-        by_data={"mnist": {"epochs": 16, "time_limit": 230.0, "clip": None}},
+        by_data={"mnist": {"epochs": 10, "time_limit": 230.0, "optimizer": "rmsprop", "clip": None}},
     ),
-    # 1197 digits are few: the average of the weights, and stopping early, are what keeps them from being learned by heart
+    # 1197 digits are few: averaging the weights and stopping early keep them from being learned by heart
     "realnvp": Recipe(
         RealNVP,
         _realnvp,

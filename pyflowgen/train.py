@@ -54,7 +54,11 @@ class Interrupted(KeyboardInterrupt):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of :func:`fit`. ``None`` switches a setting off; ``path`` is "fused" (kernels) or "reference" (plain PyTorch)."""
+    """Settings of :func:`fit`; ``None`` switches one off.
+
+    ``path`` is "fused" (kernels) or "reference" (plain PyTorch). The cosine schedule falls with the share of the epochs
+    done, or of the time limit where that is used up sooner; the latter alone is no longer the same from run to run.
+    """
 
     epochs: int = 100
     time_limit: float | None = None  # seconds of training, all resumes together
@@ -155,9 +159,10 @@ def log_likelihood(
     was_training = model.training
     model.eval()
     try:
+        chunks = [examples[i : i + batch] for i in range(0, len(examples), batch)]
         total = torch.zeros(len(examples), dtype=torch.float64, device=examples.device)
         for _ in range(draws if data.levels is not None else 1):
-            parts = [cast(Any, model).log_prob(data.dequantize(x, generator)) for x in examples.split(batch)]
+            parts = [cast(Any, model).log_prob(data.dequantize(x, generator)) for x in chunks]
             total += torch.cat(parts).double()
         return total / (draws if data.levels is not None else 1)
     finally:
@@ -170,9 +175,12 @@ def evaluate(model: nn.Module, data: Dataset, examples: Tensor, *, draws: int = 
     nats = float(values.mean())
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
     return {
-        "examples": len(values), "draws": draws if data.levels is not None else 1,
-        "nats": nats, "nats_standard_error": error, "bits_per_dim": bits_per_dim(nats, data),
-    }  # fmt: skip
+        "examples": len(values),
+        "draws": draws if data.levels is not None else 1,
+        "nats": nats,
+        "nats_standard_error": error,
+        "bits_per_dim": bits_per_dim(nats, data),
+    }
 
 
 def choose_path(path: str) -> contextlib.AbstractContextManager[Any]:
@@ -194,7 +202,7 @@ def fit(
     progress: bool = False,
     describe: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Maximise the mean ``model.log_prob(x)`` over ``data.train``, and leave the best weights on ``data.valid`` in the model.
+    """Maximise the mean ``model.log_prob(x)`` over ``data.train``; the model ends with the weights best on ``data.valid``.
 
     Args:
         model: any module with ``log_prob(x) -> (batch,)``, on the data's device. One call without gradient on
@@ -230,7 +238,13 @@ class _Loop:
     """The tensors and counters of one :func:`fit`; its methods are the loop's parts."""
 
     def __init__(
-        self, model: nn.Module, data: Dataset, config: TrainConfig, out: Path | None, resume: bool, describe: dict[str, Any]
+        self,
+        model: nn.Module,
+        data: Dataset,
+        config: TrainConfig,
+        out: Path | None,
+        resume: bool,
+        describe: dict[str, Any],
     ) -> None:
         self.model, self.data, self.config, self.out = model, data, config, out
         self.device = data.train.device
@@ -269,7 +283,12 @@ class _Loop:
             # a bar that no terminal redraws would fill a log file
             interval = 0.1 if sys.stderr.isatty() else 10.0
             with tqdm(
-                total=total, initial=self.state.step, disable=not progress, mininterval=interval, unit="step", smoothing=0.1
+                total=total,
+                initial=self.state.step,
+                disable=not progress,
+                mininterval=interval,
+                unit="step",
+                smoothing=0.1,
             ) as bar:
                 self._epochs(bar)
             if self.out is not None:
@@ -346,8 +365,10 @@ class _Loop:
             return config.lr * (step + 1) / config.warmup
         if config.schedule == "constant":
             return config.lr
-        total = config.epochs * self.steps_per_epoch
-        return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+        done = step / (config.epochs * self.steps_per_epoch)
+        if config.time_limit is not None:
+            done = max(done, self.state.seconds / config.time_limit)
+        return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
     def _unit(self, nats: float) -> str:
         bits = bits_per_dim(nats, self.data)
@@ -381,7 +402,12 @@ class _Loop:
         state.seconds = self.before + time.perf_counter() - self.began
         if self.out is not None:
             train = -state.loss_sum / max(1, min(state.position, len(self.data.train)))
-            line: dict[str, Any] = {"step": state.step, "epoch": state.epoch, "seconds": round(state.seconds, 4), "lr": self._lr()}
+            line: dict[str, Any] = {
+                "step": state.step,
+                "epoch": state.epoch,
+                "seconds": round(state.seconds, 4),
+                "lr": self._lr(),
+            }
             line |= {"train_nats": train, "valid_nats": state.valid}
             if self.data.levels is not None:
                 line |= {"train_bits_per_dim": bits_per_dim(train, self.data)}
@@ -439,11 +465,17 @@ class _Loop:
         try:
             out.mkdir(parents=True, exist_ok=True)
             sizes = [len(t) for t in (self.data.train, self.data.valid, self.data.test)]
-            facts: dict[str, Any] = {"name": self.data.name, "levels": self.data.levels, "event_shape": self.data.event_shape}
+            facts: dict[str, Any] = {
+                "name": self.data.name,
+                "levels": self.data.levels,
+                "event_shape": self.data.event_shape,
+            }
             facts |= {"image_shape": self.data.image_shape, "sizes": sizes}
             if resume and (out / CONFIG).exists():
                 describe = {**read_config(out), **describe}
-            write_json(out / CONFIG, {**describe, "data": {**describe.get("data", {}), **facts}, "train": asdict(self.config)})
+            write_json(
+                out / CONFIG, {**describe, "data": {**describe.get("data", {}), **facts}, "train": asdict(self.config)}
+            )
         except OSError as error:
             raise RunError(f"{out}: cannot be written ({error.strerror or error})") from None
 
@@ -456,7 +488,11 @@ class _Loop:
         for i, entry in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in entry.items() if v is not None}
         tensors |= {f"average.{i}": t for i, t in enumerate(self.average)}
-        tensors |= {"rng.order": self.order_rng.get_state(), "rng.noise": self.noise_rng.get_state(), "order": self.order}
+        tensors |= {
+            "rng.order": self.order_rng.get_state(),
+            "rng.noise": self.noise_rng.get_state(),
+            "order": self.order,
+        }
         tensors["rng.torch"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)

@@ -50,8 +50,11 @@ def digits_run(tmp_path_factory):
 
 def test_train_says_what_it_reached_and_leaves_a_run(digits_run):
     assert sorted(p.name for p in digits_run.iterdir()) == [
-        "best.safetensors", "checkpoint.safetensors", "config.json", "metrics.jsonl"
-    ]  # fmt: skip
+        "best.safetensors",
+        "checkpoint.safetensors",
+        "config.json",
+        "metrics.jsonl",
+    ]
     config = read_config(digits_run)
     assert config["model"] == "realnvp" and config["model_config"]["couplings"] == 2
     assert config["data"]["levels"] == 17 and config["data"]["sizes"] == [1197, 200, 400]
@@ -71,7 +74,9 @@ def test_evaluate(digits_run):
 
 
 def test_sample_grid_and_array(digits_run, tmp_path):
-    done = run("sample", digits_run, "-n", 10, "--grid", tmp_path / "a" / "g.png", "--out", tmp_path / "s.npy", "--seed", 3)
+    done = run(
+        "sample", digits_run, "-n", 10, "--grid", tmp_path / "a" / "g.png", "--out", tmp_path / "s.npy", "--seed", 3
+    )
     assert done.exit_code == 0, done.output
     drawn = np.load(tmp_path / "s.npy")
     assert drawn.shape == (10, 64) and drawn.dtype == np.uint8 and drawn.max() <= 16 and len(np.unique(drawn)) > 5
@@ -91,7 +96,10 @@ def test_toy_points_are_drawn_as_a_map(tmp_path):
     assert run("sample", tmp_path / "r", "-n", 2000, "--grid", tmp_path / "g.png").exit_code == 0
     with Image.open(tmp_path / "g.png") as image:
         assert np.asarray(image).shape == (256, 256) and np.asarray(image).max() == 255
-    assert "bits_per_dim" not in run("evaluate", tmp_path / "r").stdout and "nats" in run("evaluate", tmp_path / "r").stdout
+    assert (
+        "bits_per_dim" not in run("evaluate", tmp_path / "r").stdout
+        and "nats" in run("evaluate", tmp_path / "r").stdout
+    )
 
 
 def test_own_images_train_as_images_or_vectors(tmp_path):
@@ -154,7 +162,20 @@ def test_user_errors_are_one_line(digits_run, tmp_path):
     bad = tmp_path / "bad.csv"
     bad.write_text("a,b\n" + "1,2\n" * 20 + "1,\n")
     fails("train", "nice", "--data", bad, "--out", out, words=["bad.csv", "1 of 21 rows", "'b'"])
-    fails("train", "nice", "--out", out, *SMALL, "--no-progress", "--lr", "1e30", "--clip", "1e30", code=1, words=["NaN or infinite", "lower lr"])
+    fails(
+        "train",
+        "nice",
+        "--out",
+        out,
+        *SMALL,
+        "--no-progress",
+        "--lr",
+        "1e30",
+        "--clip",
+        "1e30",
+        code=1,
+        words=["NaN or infinite", "lower lr"],
+    )
 
 
 def test_damaged_runs_are_one_line(digits_run, tmp_path):
@@ -180,10 +201,26 @@ def test_damaged_runs_are_one_line(digits_run, tmp_path):
 
 
 def start(out, *args):
-    command = [sys.executable, "-m", "pyflowgen", "train", "realnvp", "--out", str(out), "--set", "hidden=[16]",
-               "--set", "couplings=2", "--epochs", "100000", *args]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pyflowgen",
+        "train",
+        "realnvp",
+        "--out",
+        str(out),
+        "--set",
+        "hidden=[16]",
+        "--set",
+        "couplings=2",
+        "--epochs",
+        "100000",
+        *args,
+    ]
     environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    )
 
 
 def wait_for_steps(process, out, epochs):
@@ -205,7 +242,9 @@ def test_ctrl_c_saves_and_ends_with_130(tmp_path):
     assert err.strip().splitlines()[-1].startswith("pyflowgen: interrupted at step")
     state = json.loads(read_tensors(tmp_path / "run" / CHECKPOINT)[1]["state"])
     assert state["step"] >= 3 * 10
-    done = run("train", "realnvp", "--out", tmp_path / "run", "--resume", "--epochs", state["epoch"] + 1, "--no-progress")
+    done = run(
+        "train", "realnvp", "--out", tmp_path / "run", "--resume", "--epochs", state["epoch"] + 1, "--no-progress"
+    )
     assert done.exit_code == 0, (done.output, done.exception)
 
 
@@ -215,7 +254,9 @@ def test_kill_during_checkpoints_loses_nothing(tmp_path):
     step = 0
     for attempt in range(2):
         process = start(out, "--checkpoint-every", "0", "--no-progress", *(["--resume"] if attempt else []))
-        wait_for_steps(process, out, 2 * (attempt + 1) + len(read_metrics(out) if out.exists() else []) if attempt else 2)
+        wait_for_steps(
+            process, out, 2 * (attempt + 1) + len(read_metrics(out) if out.exists() else []) if attempt else 2
+        )
         time.sleep(0.013 * attempt)
         process.kill()
         process.communicate(timeout=30)

@@ -41,7 +41,7 @@ def test_digits_are_scikit_learns_in_the_fixed_split():
 def test_dequantize_fills_each_level_and_quantize_undoes_it():
     data = digits()
     y = data.dequantize(data.train, torch.Generator().manual_seed(0))
-    assert 0 <= y.min() and y.max() < 1
+    assert y.min() >= 0 and y.max() < 1
     assert torch.equal(data.quantize(y), data.train)
     assert abs(float((y * 17 - data.train).mean()) - 0.5) < 0.01
     assert torch.equal(y, data.dequantize(data.train, torch.Generator().manual_seed(0)))
@@ -86,7 +86,9 @@ def test_idx_folder_plain_and_gzip(tmp_path):
         file.write(b"\0\0\x08\x03" + struct.pack(">3I", 7, 5, 4) + test.tobytes())
     data = load(tmp_path)
     assert [len(t) for t in (data.train, data.valid, data.test)] == [50, 10, 7] and data.levels == 256
-    assert np.array_equal(data.image().valid[:, 0].numpy(), train[50:]) and np.array_equal(data.image().test[:, 0], test)
+    assert np.array_equal(data.image().valid[:, 0].numpy(), train[50:]) and np.array_equal(
+        data.image().test[:, 0], test
+    )
 
 
 def test_idx_faults(tmp_path):
@@ -178,7 +180,9 @@ def test_arrays(tmp_path):
     table = rng.normal(size=(50, 3))
     np.save(tmp_path / "t.npy", table)
     data = load(tmp_path / "t.npy")
-    assert data.event_shape == (3,) and data.levels is None and data.train.dtype == torch.float32 and len(data.train) == 40
+    assert (
+        data.event_shape == (3,) and data.levels is None and data.train.dtype == torch.float32 and len(data.train) == 40
+    )
     np.save(tmp_path / "hwc.npy", rng.integers(0, 256, (20, 4, 6, 3), np.uint8))
     assert load(tmp_path / "hwc.npy").event_shape == (3, 4, 6)
     np.save(tmp_path / "hw.npy", rng.integers(0, 256, (20, 4, 6), np.uint8))
@@ -222,7 +226,9 @@ def test_tables(tmp_path):
     frame.to_csv(tmp_path / "bare.csv", index=False, header=False)
     frame.drop(columns="c").to_csv(tmp_path / "bare.csv", index=False, header=False)
     data, bare = load(tmp_path / "t.csv"), load(tmp_path / "bare.csv")
-    assert data.event_shape == (3,) and sorted(torch.cat([data.train, data.valid, data.test])[:, 0].tolist()) == list(range(30))
+    assert data.event_shape == (3,) and sorted(torch.cat([data.train, data.valid, data.test])[:, 0].tolist()) == list(
+        range(30)
+    )
     assert len(bare.train) + len(bare.valid) + len(bare.test) == 30
     pytest.importorskip("pyarrow")
     frame.to_parquet(tmp_path / "t.parquet")

@@ -239,9 +239,21 @@ def test_run_folder_faults(tmp_path):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("lr", 0.0), ("lr", math.nan), ("batch", 0), ("epochs", 0), ("ema", 1.0), ("optimizer", "sgd"), ("path", "fast"),
-     ("clip", -1.0), ("patience", 0), ("schedule", "step"), ("weight_decay", -1.0), ("time_limit", 0.0)],
-)  # fmt: skip
+    [
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("batch", 0),
+        ("epochs", 0),
+        ("ema", 1.0),
+        ("optimizer", "sgd"),
+        ("path", "fast"),
+        ("clip", -1.0),
+        ("patience", 0),
+        ("schedule", "step"),
+        ("weight_decay", -1.0),
+        ("time_limit", 0.0),
+    ],
+)
 def test_wrong_settings_are_named(setting, value):
     with pytest.raises(RunError, match=f"^{setting} is "):
         TrainConfig(**{setting: value})

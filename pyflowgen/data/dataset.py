@@ -47,9 +47,10 @@ class Dataset:
 
     def image(self) -> Dataset:
         """The same examples as ``(channels, height, width)``; :class:`DataError` where they are no pictures."""
-        if self.image_shape is None:
+        shape = self.image_shape
+        if shape is None:
             raise DataError(f"{self.name}: examples of shape {self.event_shape} are no images")
-        return self._each(lambda t: t.unflatten(1, self.image_shape) if t.ndim == 2 else t)
+        return self._each(lambda t: t.reshape(-1, *shape))
 
     def to(self, device: torch.device | str) -> Dataset:
         """The same examples on another device."""
@@ -78,7 +79,7 @@ def split(
     image_shape: tuple[int, int, int] | None = None,
     sizes: tuple[int, int] | None = None,
 ) -> Dataset:
-    """Shuffle with ``RandomState(0)`` and cut into train, validation and test: by ``sizes`` of the first two, or 80/10/10.
+    """Shuffle with ``RandomState(0)`` and cut into train, validation and test: ``sizes`` of the first two, or 80/10/10.
 
     The permutation comes from NumPy's frozen legacy generator, so a split is the same on every machine and version.
     """
@@ -87,7 +88,8 @@ def split(
         raise DataError(f"{name}: {count} examples, at least 10 are needed for train, validation and test")
     order = torch.from_numpy(np.random.RandomState(0).permutation(count))
     first, second = sizes or (count - 2 * (count // 10), count // 10)
-    train, valid, test = (examples[i] for i in order.split([first, second, count - first - second]))
+    parts = order[:first], order[first : first + second], order[first + second :]
+    train, valid, test = (examples[i] for i in parts)
     return Dataset(name, train, valid, test, levels=levels, image_shape=image_shape)
 
 

@@ -50,8 +50,8 @@ def image_folder(path: str | Path) -> Dataset:
 def array_file(path: str | Path) -> Dataset:
     """``.npy`` or ``.npz``: the first dimension counts examples, uint8 means 256 levels, anything else is continuous.
 
-    uint8 arrays of shape ``(n, h, w)``, ``(n, h, w, c)`` or ``(n, c, h, w)``, c = 1 or 3, are images. An ``.npz`` has one
-    array, or arrays named ``train``, ``valid`` and ``test``.
+    uint8 arrays of shape ``(n, h, w)``, ``(n, h, w, c)`` or ``(n, c, h, w)``, c = 1 or 3, are images. An ``.npz`` has
+    one array, or arrays named ``train``, ``valid`` and ``test``.
     """
     path = check_path(path)
     try:
@@ -74,12 +74,12 @@ def array_file(path: str | Path) -> Dataset:
 
 
 def table_file(path: str | Path) -> Dataset:
-    """CSV (with or without a header line) or Parquet: one example a row, every column a number, nothing missing. Needs pandas."""
+    """CSV (with or without a header line) or Parquet: one example a row, only numbers, none missing. Needs pandas."""
     path = check_path(path)
     try:
         import pandas
     except ImportError:
-        raise DataError(f"{path}: reading tables needs the package pandas (pip install 'pyflowgen[tables]')") from None
+        raise DataError(f"{path}: reading tables needs the package pandas (pip install 'pyflowgen[table]')") from None
     try:
         if path.suffix.lower() == ".csv":
             frame = pandas.read_csv(path)
@@ -88,11 +88,13 @@ def table_file(path: str | Path) -> Dataset:
         else:
             frame = pandas.read_parquet(path)
     except ImportError:
-        raise DataError(f"{path}: reading Parquet needs the package pyarrow (pip install 'pyflowgen[tables]')") from None
+        raise DataError(f"{path}: reading Parquet needs the package pyarrow (pip install 'pyflowgen[table]')") from None
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parsing errors are both ValueErrors
         raise DataError(f"{path}: cannot be read as a table ({str(error).splitlines()[0]})") from None
     if frame.empty:
-        raise DataError(f"{path}: a table of {len(frame)} rows and {len(frame.columns)} columns, expected at least 10 rows")
+        raise DataError(
+            f"{path}: a table of {len(frame)} rows and {len(frame.columns)} columns, expected at least 10 rows"
+        )
     for name, column in frame.items():
         if not pandas.api.types.is_numeric_dtype(column):
             row, value = next(((i, v) for i, v in enumerate(column) if not _is_number(v)), (0, None))

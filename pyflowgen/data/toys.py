@@ -61,11 +61,11 @@ TOYS: dict[str, Callable[[int, Generator], Tensor]] = {
 
 
 def toy(name: str, count: int = 20_000, seed: int = 0) -> Dataset:
-    """``count`` training points of ``banana``, ``moons``, ``rings``, ``checkerboard`` or ``spirals``, and as many again for
-    validation (a tenth) and test (a half).
+    """``count`` training points of ``banana``, ``moons``, ``rings``, ``checkerboard`` or ``spirals``; besides,
+    a tenth as many for validation and half as many for test.
 
-    ``banana`` is ``(u, v + u²)`` for standard normal u, v: its entropy is ``ln(2πe)`` = 2.838 nats, and minus that is the
-    highest mean log-likelihood any model can reach on it.
+    ``banana`` is ``(u, v + u²)`` for standard normal u, v: its entropy is ``ln(2πe)`` = 2.838 nats, and minus that
+    is the highest mean log-likelihood any model can reach on it.
 
     >>> from pyflowgen.data import toy
     >>> tuple(toy("banana", 1000).train.shape), toy("moons").event_shape
