@@ -202,7 +202,7 @@ def fit(
     progress: bool = False,
     describe: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Maximise the mean ``model.log_prob(x)`` over ``data.train``; the model ends with the weights best on ``data.valid``.
+    """Maximise the mean ``model.log_prob(x)`` over ``data.train`` and leave in it the weights best on ``data.valid``.
 
     Args:
         model: any module with ``log_prob(x) -> (batch,)``, on the data's device. One call without gradient on
