@@ -12,6 +12,7 @@ import click
 import numpy as np
 import torch
 
+from pyflowgen import __version__
 from pyflowgen.data import NAMES, DataError
 from pyflowgen.data.pictures import save_grid
 from pyflowgen.recipes import RECIPES, Run, load_as, load_run, recipe
@@ -57,7 +58,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.version_option(package_name="pyflowgen")
+@click.version_option(__version__, prog_name="pyflowgen")
 def main() -> None:
     """Train, sample and evaluate flows on compiled kernels."""
 

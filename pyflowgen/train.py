@@ -31,7 +31,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pyflowgen.data import Dataset
+from pyflowgen.data import DataError, Dataset
 
 CONFIG, CHECKPOINT, BEST, METRICS = "config.json", "checkpoint.safetensors", "best.safetensors", "metrics.jsonl"
 
@@ -215,6 +215,7 @@ def fit(
         describe: further entries of the run's ``config.json``.
 
     Raises:
+        DataError: no examples, or NaN among them.
         RunError: ``out`` cannot be used.
         Diverged: the loss or gradient is no longer finite; the last good checkpoint stays.
         Interrupted: Ctrl-C or SIGTERM, after the step under way and a checkpoint.
@@ -231,7 +232,22 @@ def fit(
     (16, 'epochs')
     """
     config = config or TrainConfig()
+    _check(model, data)
     return _Loop(model, data, config, None if out is None else Path(out), resume, dict(describe or {})).run(progress)
+
+
+def _check(model: nn.Module, data: Dataset) -> None:
+    if not callable(getattr(model, "log_prob", None)):
+        raise TypeError(f"fit: model is a {type(model).__name__} without log_prob, expected a module with log_prob(x)")
+    devices = {p.device for p in model.parameters() if p.requires_grad}
+    if devices != {data.train.device}:
+        found = ", ".join(map(str, devices)) or "none"
+        raise ValueError(f"fit: trainable parameters are on {found}, expected them on the data's {data.train.device}")
+    for part in ("train", "valid"):
+        examples = getattr(data, part)
+        if not len(examples) or (examples.is_floating_point() and not bool(examples.isfinite().all())):
+            what = "NaN or infinite values in it" if len(examples) else "no examples"
+            raise DataError(f"{data.name}: {part} of shape {tuple(examples.shape)} has {what}")
 
 
 class _Loop:

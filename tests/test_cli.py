@@ -224,20 +224,20 @@ def start(out, *args):
 
 
 def wait_for_steps(process, out, epochs):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()
         if (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").read_text().count("\n") >= epochs:
             return
         time.sleep(0.02)
-    raise AssertionError("no progress within 60 s")
+    raise AssertionError("no progress within 180 s")
 
 
 def test_ctrl_c_saves_and_ends_with_130(tmp_path):
     process = start(tmp_path / "run")
     wait_for_steps(process, tmp_path / "run", 3)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err
     assert err.strip().splitlines()[-1].startswith("pyflowgen: interrupted at step")
     state = json.loads(read_tensors(tmp_path / "run" / CHECKPOINT)[1]["state"])
@@ -259,7 +259,7 @@ def test_kill_during_checkpoints_loses_nothing(tmp_path):
         )
         time.sleep(0.013 * attempt)
         process.kill()
-        process.communicate(timeout=30)
+        process.communicate(timeout=120)
         tensors, about = read_tensors(out / CHECKPOINT)
         reached = json.loads(about["state"])["step"]
         assert reached > step and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyflowgen.data import Dataset, digits, toy
+from pyflowgen.data import DataError, Dataset, digits, toy
 from pyflowgen.train import (
     BEST,
     CHECKPOINT,
@@ -220,6 +220,20 @@ def test_bar_shows_live_likelihood(capsys):
     fit(Gaussian(), plane(), TrainConfig(epochs=2), progress=True)
     shown = capsys.readouterr().err
     assert "16/16" in shown and "nats" in shown and "valid=" in shown
+
+
+def test_wrong_arguments_are_named():
+    data = plane()
+    with pytest.raises(TypeError, match="model is a Linear without log_prob"):
+        fit(nn.Linear(2, 2), data)
+    with pytest.raises(ValueError, match="parameters are on meta, expected them on the data's cpu"):
+        fit(Gaussian().to("meta"), data)
+    with pytest.raises(ValueError, match="parameters are on none"):
+        fit(Gaussian().requires_grad_(False), data)
+    with pytest.raises(DataError, match=r"broken: valid of shape \(100, 2\) has NaN"):
+        fit(Gaussian(), Dataset("broken", data.train, data.valid * float("nan"), data.test))
+    with pytest.raises(DataError, match=r"empty: train of shape \(0, 2\) has no examples"):
+        fit(Gaussian(), Dataset("empty", data.train[:0], data.valid, data.test))
 
 
 def test_run_folder_faults(tmp_path):
