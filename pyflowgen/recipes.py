@@ -45,7 +45,9 @@ class Recipe:
 
 
 def _nice(data: Dataset) -> dict[str, Any]:
-    return {"features": data.event_shape[0], "hidden": (300,) * 3}
+    # with plain ReLU, units die at the rates that border pixels' large scales ask for: on MNIST the likelihood then stays
+    # near 1550 nats, with leaky ones it passes 1700 in as many steps
+    return {"features": data.event_shape[0], "hidden": (300,) * 3, "activation": "leaky_relu"}
 
 
 def _realnvp(data: Dataset) -> dict[str, Any]:
@@ -59,7 +61,7 @@ RECIPES: dict[str, Recipe] = {
         _nice,
         "flat",
         train={"epochs": 50, "batch": 200, "patience": 20},
-        by_data={"mnist": {"epochs": 10, "time_limit": 230.0, "optimizer": "rmsprop", "clip": None}},
+        by_data={"mnist": {"epochs": 12, "time_limit": 200.0, "batch": 100, "lr": 2e-3, "ema": 0.998}},
     ),
     # 1197 digits are few: averaging the weights and stopping early keep them from being learned by heart
     "realnvp": Recipe(
