@@ -224,7 +224,7 @@ template <class V>
 PYFLOWGEN_FORMULA V exp_in_range(V x) {
   auto [r, n, biased] = reduce_exp<2 * exponent_bias<V>>(x);
   V y = fma(r, fma(r, exp_tail(r), splat<V>(1)), splat<V>(1));
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__CUDACC__)
   if constexpr (sizeof(V) == 64 && single<V>) return (V)_mm512_maskz_scalef_ps(__mmask16(-1), (__m512)y, (__m512)n);
   if constexpr (sizeof(V) == 64 && !single<V>) return (V)_mm512_maskz_scalef_pd(__mmask8(-1), (__m512d)y, (__m512d)n);
 #endif
@@ -264,7 +264,7 @@ struct SplitAny {
 };
 template <class V>
 PYFLOWGEN_FORMULA SplitAny<V> split_any(V x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__CUDACC__)
   if constexpr (sizeof(V) == 64 && single<V>) {
     V m = (V)_mm512_maskz_getmant_ps(__mmask16(-1), (__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
     V n = (V)_mm512_maskz_getexp_ps(__mmask16(-1), (__m512)x);
@@ -291,7 +291,7 @@ PYFLOWGEN_FORMULA V add_ln2(V n, V f, V tail) {
 // y = log x, put right where x is 0, negative, inf or NaN.
 template <class V>
 PYFLOWGEN_FORMULA V log_edges(V x, V y) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && !defined(__CUDACC__)
   // From the lowest digit, what becomes of y where x is: a NaN, a signalling NaN (itself, quiet), 0 (-inf), 1 (y),
   // -inf (NaN), inf (inf), negative (NaN), positive (y).
   constexpr int table = 0x03530422;
