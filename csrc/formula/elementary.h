@@ -338,8 +338,8 @@ PYFLOWGEN_FORMULA V log1p_unit(V e) {
 }
 
 // ---- the functions -----------------------------------------------------------------------------------------------
-// "Error: a / b ulp": the largest found, a for float at every 16th bit pattern (baseline, AVX-512), b for double at some 4e4
-// points. An ulp is the spacing of the numbers at the exact result, denormals included.
+// "Error: a / b ulp": the largest found, a for float at every 16th bit pattern (baseline, AVX-512), b for double at
+// some 4e4 points. An ulp is the spacing of the numbers at the exact result, denormals included.
 
 // e^x = 2^n e^r. Error: 1.2 / 1.1 ulp.
 template <class V>
