@@ -70,7 +70,19 @@ Factory = Callable[[torch.device, torch.dtype], Callable[..., Any]]
 Inputs = Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]
 
 KEY = ("op", "provider", "mode", "dtype", "shape", "threads", "allocator", "machine")
-FIELDS = (*KEY, "status", "median_ms", "p20_ms", "p80_ms", "peak_mib", "least_mib", "floor_ms", "torch", "commit", "date")
+FIELDS = (
+    *KEY,
+    "status",
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "peak_mib",
+    "least_mib",
+    "floor_ms",
+    "torch",
+    "commit",
+    "date",
+)
 MODES = ("forward", "backward", "forward+backward", "inverse", "sample", "step")
 BACKWARD = ("backward", "forward+backward", "step")
 # Page faults of temporaries alone cost eager code 1.1-2.1x: a kernel's win must not be an allocator's.
@@ -93,7 +105,9 @@ class Case:
     grad: tuple[int, ...] | None = None  # which inputs get gradients; None: all that are floating point
     compile: tuple[str, ...] = ("eager",)  # providers also timed under torch.compile
     truth: Mapping[str, str] = field(default_factory=dict)  # provider -> the one whose float64 run it must agree with
-    bytes: Mapping[str, float] = field(default_factory=dict)  # mode -> least traffic; default: inputs, outputs, gradients once
+    bytes: Mapping[str, float] = field(
+        default_factory=dict
+    )  # mode -> least traffic; default: inputs, outputs, gradients once
     flops: Mapping[str, float] = field(default_factory=dict)  # mode -> operations of the matrix products
     quick: bool = False  # in the --quick set
 
@@ -199,15 +213,19 @@ class Contest:
         name = self.case.truth.get(split_compiled(provider)[0], "eager")
         if name not in self.truths:
             exact = self._make(name)
-            exact = copy.deepcopy(exact).double() if isinstance(exact, nn.Module) else self.case.providers[name](
-                self.device, torch.float64
+            exact = (
+                copy.deepcopy(exact).double()
+                if isinstance(exact, nn.Module)
+                else self.case.providers[name](self.device, torch.float64)
             )
             self.truths[name] = self._values(exact, [_double(t) for t in self.inputs])
         outs, grads = self._values(fn, self.inputs)
         true_outs, true_grads = self.truths[name]
         if len(outs) != len(true_outs):
             raise ValueError(f"{provider} returns {len(outs)} tensors, the reference {len(true_outs)}")
-        if len(grads) != len(true_grads):  # another parametrisation of the same function: the inputs' gradients still compare
+        if len(grads) != len(
+            true_grads
+        ):  # another parametrisation of the same function: the inputs' gradients still compare
             shared = len([t for t in self._leaves(fn, self.inputs)[0] if t.requires_grad])
             grads, true_grads = grads[:shared], true_grads[:shared]
         errors = []
@@ -251,7 +269,9 @@ class Contest:
 
             return _nothing, forward
         if mode == "step":
-            if name not in self.optimizers:  # a tiny rate: the work is the same, the weights stay where the gate saw them
+            if (
+                name not in self.optimizers
+            ):  # a tiny rate: the work is the same, the weights stay where the gate saw them
                 self.optimizers[name] = torch.optim.Adam(fn.parameters(), lr=1e-8)  # type: ignore[attr-defined]
             optimizer = self.optimizers[name]
 
@@ -424,17 +444,24 @@ def _best_time(run: Callable[[], Any], device: torch.device, seconds: float = 0.
 
 def rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
     """``copy``: pairs (bytes moved, seconds) of torch's copy over sizes; ``gemm``: flop/s of torch's best form, by dtype."""
-    copies = []
+    copies, threads = [], torch.get_num_threads()
     for power in range(11, 29):
         source = torch.zeros(2 ** (power - 1), dtype=torch.uint8, device=device)
         target = torch.zeros_like(source)
-        copies.append((2**power, _best_time(lambda target=target, source=source: target.copy_(source), device, 0.01)))  # type: ignore[misc]
+        times = []
+        for count in {1, threads}:  # waking the second thread costs more than it brings for small sizes
+            torch.set_num_threads(count)
+            times.append(_best_time(lambda target=target, source=source: target.copy_(source), device, 0.01))  # type: ignore[misc]
+        copies.append((2**power, min(times)))
+    torch.set_num_threads(threads)
     gemm = {}
     for dtype in dtypes:
         n = 1024 if device.type == "cpu" else 8192
         a, b = torch.randn(n, n, device=device, dtype=dtype), torch.randn(n, n, device=device, dtype=dtype)
         forms: list[Callable[[], Any]] = [lambda a=a, b=b: a @ b]  # type: ignore[misc]
-        if dtype == torch.float32 and device.type == "cpu":  # oneDNN's 1x1 convolution: the fastest form of a product torch has here
+        if (
+            dtype == torch.float32 and device.type == "cpu"
+        ):  # oneDNN's 1x1 convolution: the fastest form of a product torch has here
             image = torch.randn(1, n, n // 32, 32).to(memory_format=torch.channels_last)
             weight = torch.randn(n, n, 1, 1).to(memory_format=torch.channels_last)
             forms.append(lambda: torch.nn.functional.conv2d(image, weight))
@@ -475,7 +502,12 @@ def merge_rows(old: Iterable[Mapping[str, Any]], new: Sequence[Mapping[str, Any]
     replaced = {contest(row) for row in new}
     kept = [row for row in old if contest(row) not in replaced]
     rows = [{k: str(row.get(k, "")) for k in FIELDS} for row in [*kept, *new]]
-    return sorted(rows, key=lambda r: tuple(r[k] for k in ("machine", "op", "shape", "dtype", "mode", "threads", "allocator", "provider")))
+    return sorted(
+        rows,
+        key=lambda r: tuple(
+            r[k] for k in ("machine", "op", "shape", "dtype", "mode", "threads", "allocator", "provider")
+        ),
+    )
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -569,7 +601,9 @@ if __name__ == "__main__":
     # Run by path, so that this harness can time another tree's pyflowgen: made a package again under a name of its own,
     # and this folder taken off the path, where its modules' names would shadow others.
     sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
-    package = importlib.util.spec_from_file_location("pyflowgen_benchmarks", HERE / "__init__.py", submodule_search_locations=[str(HERE)])
+    package = importlib.util.spec_from_file_location(
+        "pyflowgen_benchmarks", HERE / "__init__.py", submodule_search_locations=[str(HERE)]
+    )
     assert package is not None and package.loader is not None
     sys.modules["pyflowgen_benchmarks"] = importlib.util.module_from_spec(package)
     importlib.import_module("pyflowgen_benchmarks.harness").worker(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
