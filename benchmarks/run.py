@@ -195,7 +195,7 @@ class Runner:
         dtype = str(case.dtype).removeprefix("torch.")
         facts = {"op": case.op, "dtype": dtype, "shape": case.shape, "threads": self.threads, "machine": harness.machine(torch.device(self.plan.device)),
                  "torch": torch.__version__, "commit": harness.commit(), "date": datetime.date.today().isoformat()}  # fmt: skip
-        for mode in case.modes:
+        for mode in case.timed_modes(self.plan.quick):
             samples: list[list[float]] = [[] for _ in entries]
             calls: list[int | None] = [None] * len(entries)
             extra: dict[str, Any] = {}
