@@ -1,1 +1,1 @@
-"""Benchmarks: what is timed (``bench_*.py``), how (``harness.py``, ``run.py``), and the figures and report made from the rows."""
+"""Benchmarks: what is timed (``bench_*.py``), how (``harness.py``, ``run.py``), figures and report from the rows."""

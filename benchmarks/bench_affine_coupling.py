@@ -283,5 +283,7 @@ def cases(device: torch.device) -> list[Case]:
         case("layer softclip pairs", (n, 2 * d), pairs, ours(layout="pairs", scale="softclip", part=(d, 1)) | zuko_layer(d), both),
     ]  # fmt: skip
     for dtype in (torch.float64, torch.bfloat16):
-        found.append(case("exp halves", vector, halves, ours(layout="halves") | {"mask-free": given(exp_halves)}, both, dtype))
+        found.append(
+            case("exp halves", vector, halves, ours(layout="halves") | {"mask-free": given(exp_halves)}, both, dtype)
+        )
     return found

@@ -36,13 +36,17 @@ class Loss(nn.Module):
 
 
 def net(n_in: int, n_out: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(n_in, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, n_out))
+    return nn.Sequential(
+        nn.Linear(n_in, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, n_out)
+    )
 
 
 def _pyflowgen() -> nn.Module:
     from pyflowgen.models.realnvp import RealNVP
 
-    model = RealNVP(FEATURES, couplings=COUPLINGS, hidden=(HIDDEN, HIDDEN), scale="exp", actnorm=False, permutation="none")
+    model = RealNVP(
+        FEATURES, couplings=COUPLINGS, hidden=(HIDDEN, HIDDEN), scale="exp", actnorm=False, permutation="none"
+    )
     for layer in model.modules():  # the last layers start at zero: drawn anew, so that the gate sees every gradient
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.3 / math.sqrt(layer.in_features))
@@ -104,7 +108,9 @@ def nflows(device: torch.device, dtype: torch.dtype) -> nn.Module:
     mask = torch.ones(FEATURES)
     mask[::2] = -1
     layers = [AffineCouplingTransform(mask * (-1) ** i, Conditioner) for i in range(COUPLINGS)]
-    return Loss(Flow(CompositeTransform(layers), StandardNormal([FEATURES])), lambda model, x: -model.log_prob(x).mean())
+    return Loss(
+        Flow(CompositeTransform(layers), StandardNormal([FEATURES])), lambda model, x: -model.log_prob(x).mean()
+    )
 
 
 def normflows(device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -145,7 +151,13 @@ def torchflows(device: torch.device, dtype: torch.dtype) -> nn.Module:
 
 
 def cases(device: torch.device) -> list[Case]:
-    peers: dict[str, Factory] = {"nflows": nflows, "normflows": normflows, "zuko": zuko, "FrEIA": freia, "torchflows": torchflows}
+    peers: dict[str, Factory] = {
+        "nflows": nflows,
+        "normflows": normflows,
+        "zuko": zuko,
+        "FrEIA": freia,
+        "torchflows": torchflows,
+    }
     providers: dict[str, Factory] = {"eager": reference, "pyflowgen": kernels, "mask-free": mask_free}
     providers |= {name: make for name, make in peers.items() if installed(name)}
     product = 2 * BATCH * HIDDEN * (FEATURES // 2 + HIDDEN + FEATURES) * COUPLINGS

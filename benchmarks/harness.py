@@ -7,8 +7,8 @@ Define ``cases(device: torch.device) -> list[Case]``; nothing about timing belon
     from .harness import Case, normal          # `normal(*shape)`: inputs drawn once, seeded
 
     def cases(device):
-        def eager(device, dtype):              # a factory: called once, before the timing, in the worker process
-            return linear_reference            # what is timed: called with the case's inputs, returns a Tensor or a tuple
+        def eager(device, dtype):        # a factory: called once, before the timing, in the worker process
+            return linear_reference      # what is timed: takes the case's inputs, returns a Tensor or a tuple
         return [Case(op="linear", shape="1024x128 -> 128", dtype=torch.float32,
                      inputs=normal((1024, 128), (128, 128), (128,)),
                      providers={"eager": eager, "pyflowgen": lambda device, dtype: linear},
@@ -16,32 +16,37 @@ Define ``cases(device: torch.device) -> list[Case]``; nothing about timing belon
                      flops={"forward": 2 * 1024 * 128 * 128, "forward+backward": 6 * 1024 * 128 * 128},
                      quick=True)]
 
-* ``providers["eager"]`` is the reference. Every provider of a case computes the same function of the same inputs (a peer with its
-  own convention gets a case of its own, in which the reference follows that convention). Leave a peer out when it is not installed.
+* ``providers["eager"]`` is the reference. Every provider of a case computes the same function of the same inputs (a
+  peer with its own convention gets a case of its own, in which the reference follows that convention). Leave a peer
+  out when it is not installed.
 * A factory may return an ``nn.Module``: its parameters then get gradients too, and mode "step" becomes possible.
-* ``torch.compile`` of each provider named in ``compile`` is added by the harness ("compiled", "nflows compiled", ...).
-* Gate: outputs (and gradients, where a mode has a backward) of each provider are compared with the float64 run of the provider
-  that ``truth`` names (default "eager"); pyflowgen's error may be twice that provider's own error in the tested dtype, plus
-  4 eps; a rival gets 1e-5 more. A provider that fails is not timed; its row says "wrong".
+* ``torch.compile`` of each provider named in ``compile`` is added by the harness ("compiled", "nflows compiled",
+  ...).
+* Gate: outputs (and gradients, where a mode has a backward) of each provider are compared with the float64 run of the
+  provider that ``truth`` names (default "eager"); pyflowgen's error may be twice that provider's own error in the
+  tested dtype, plus 4 eps; a rival gets 1e-5 more. A provider that fails is not timed; its row says "wrong".
 
 How a row is measured
 ---------------------
-Each (allocator setting, group of providers) has a worker process; ``run.py`` visits all providers in turn, many rounds, so noise hits
-all of them alike. A visit runs two untimed calls (caches warm: rows are cache-warm figures), then samples of as many calls as fill
-half a millisecond. Rows give the median, p20 and p80 of the samples of all rounds.
+Each (allocator setting, group of providers) has a worker process; ``run.py`` visits all providers in turn, many
+rounds, so noise hits all of them alike. A visit runs two untimed calls (caches warm: rows are cache-warm figures),
+then samples of as many calls as fill half a millisecond. Rows give the median, p20 and p80 of the samples of all
+rounds.
 
-Modes: "forward" under ``no_grad``; "forward+backward" with ``torch.autograd.grad`` to all differentiable inputs and parameters;
-"backward" times the second half only, each call after an untimed forward of its own; "inverse" and "sample" are timed as "forward"
-(a case of their own); "step" is ``zero_grad``, forward, ``backward()`` of a scalar, ``Adam.step()``.
+Modes: "forward" under ``no_grad``; "forward+backward" with ``torch.autograd.grad`` to all differentiable inputs and
+parameters; "backward" times the second half only, each call after an untimed forward of its own; "inverse" and
+"sample" are timed as "forward" (a case of their own); "step" is ``zero_grad``, forward, ``backward()`` of a scalar,
+``Adam.step()``.
 
-Peak memory is what torch's allocator hands out: the trace of allocations and releases of one call (torch.profiler's memory events,
-exact to the byte and independent of malloc's settings), its highest running sum, plus the inputs, parameters and output gradients that
-live through the call. On CUDA it is ``max_memory_allocated``. ``least_mib`` is what inputs, outputs and gradients alone take.
+Peak memory is what torch's allocator hands out: the trace of allocations and releases of one call (torch.profiler's
+memory events, exact to the byte and independent of malloc's settings), its highest running sum, plus the inputs,
+parameters and output gradients that live through the call. On CUDA it is ``max_memory_allocated``. ``least_mib`` is
+what inputs, outputs and gradients alone take.
 
-Floor: a kernel has to read its inputs and write its outputs once; ``floor_ms`` is the time torch's copy takes to move as many bytes on this
-machine (measured once a run, over sizes, so that a set that fits a cache is compared with the speed of that cache), or the time of
-its flops at the best GEMM rate torch reaches here, whichever is longer. Inner temporaries are not in it.
-"""
+Floor: a kernel has to read its inputs and write its outputs once; ``floor_ms`` is the time torch's copy takes to move
+as many bytes on this machine (measured once a run, over sizes, so that a set that fits a cache is compared with the
+speed of that cache), or the time of its flops at the best GEMM rate torch reaches here, whichever is longer. Inner
+temporaries are not in it."""
 
 from __future__ import annotations
 
@@ -50,6 +55,7 @@ import csv
 import gc
 import importlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -176,7 +182,7 @@ class Contest:
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device = case, device
-        # Every case compiles afresh: with many shapes in one process the recompile limit would silently fall back to eager.
+        # Every case compiles afresh: with many shapes in one process the recompile limit would quietly mean eager.
         torch._dynamo.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         self.inputs = case.inputs(device, case.dtype)
@@ -213,7 +219,7 @@ class Contest:
         return [t.detach() for t in outputs], list(grads)
 
     def _errors(self, provider: str, fn: Callable[..., Any]) -> list[float]:
-        """Largest error of each output and gradient against the float64 truth, relative to that tensor's largest entry."""
+        """Largest error of each output and gradient against the float64 truth, over that tensor's largest entry."""
         name = self.case.truth.get(split_compiled(provider)[0], "eager")
         if name not in self.truths:
             exact = self._make(name)
@@ -256,7 +262,6 @@ class Contest:
         tiny = 4 * torch.finfo(self.case.dtype).eps + (0.0 if provider == "pyflowgen" else 1e-5)
         allowed = [2 * e + tiny for e in self.errors[baseline, baseline]]
         errors = self._errors(name, fn)
-        # Several rows of a case may differ in what they return beside it; zip strictly so that no tensor goes unchecked.
         for i, (error, bound) in enumerate(zip(errors, allowed[: len(errors)], strict=True)):
             if not error <= bound:
                 return f"wrong: tensor {i} is off by {error:.1e}, allowed {bound:.1e}"
@@ -264,7 +269,7 @@ class Contest:
         return "ok"
 
     def call(self, name: str, mode: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-        """``(before, timed)``: what is timed is ``timed(before())``; ``before`` is run untimed and is trivial except for "backward"."""
+        """``(before, timed)``: timed is the second half of ``timed(before())``; ``before`` does nothing but for "backward"."""
         fn = self.fns[name]
         args, wanted = self._leaves(fn, self.inputs)
         if mode in ("forward", "inverse", "sample"):
@@ -306,7 +311,7 @@ class Contest:
         return _nothing, both
 
     def sizes(self, name: str, mode: str) -> tuple[int, int]:
-        """Bytes a call must move, and bytes that must be alive in it: inputs, outputs, and in a backward their gradients."""
+        """Bytes a call must move, and bytes that must live in it: inputs, outputs, and in a backward their gradients."""
         fn = self.fns[name]
         args, wanted = self._leaves(fn, self.inputs)
         with torch.no_grad():
@@ -348,12 +353,15 @@ class Contest:
         return alive + highest
 
     def visit(self, name: str, mode: str, seconds: float, calls: int | None = None) -> tuple[list[float], int]:
-        """Samples in ms of one call, taken for about ``seconds``; ``calls`` per sample is calibrated on the first visit."""
+        """Samples in ms of one call, taken for about ``seconds``; the first visit finds how many ``calls`` a sample has."""
         before, timed = self.call(name, mode)
         single = before is not _nothing
         cuda = self.device.type == "cuda"
         for _ in range(2):
+            start = time.perf_counter()
             timed(before())
+            if time.perf_counter() - start > 5e-3:  # as long as that, one call has filled the caches
+                break
         if cuda:
             torch.cuda.synchronize()
 
@@ -379,7 +387,7 @@ class Contest:
             return begin.elapsed_time(end) / n
 
         def sample_cuda_single(n: int) -> float:
-            # The forward is queued first; events around the backward alone, so only its kernels (and launch gaps) count.
+            # Events around the backward alone, after its forward is done: its kernels and the gaps between launches.
             pairs = []
             for _ in range(n):
                 held = before()
@@ -436,7 +444,8 @@ def _best_time(run: Callable[[], Any], device: torch.device, seconds: float = 0.
     """Fast quantile (p20) of the seconds of one call: a rate to be compared against should not carry the noise."""
     for _ in range(3):
         run()
-    samples, stop = [], time.perf_counter() + seconds
+    samples: list[float] = []
+    stop = time.perf_counter() + seconds
     while len(samples) < 5 or time.perf_counter() < stop:
         if device.type == "cuda":
             torch.cuda.synchronize()
@@ -449,7 +458,7 @@ def _best_time(run: Callable[[], Any], device: torch.device, seconds: float = 0.
 
 
 def rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]:
-    """``copy``: pairs (bytes moved, seconds) of torch's copy over sizes; ``gemm``: flop/s of torch's best form, by dtype."""
+    """``copy``: (bytes moved, seconds) of torch's copy over sizes; ``gemm``: flop/s of torch's best form, by dtype."""
     copies, threads = [], torch.get_num_threads()
     for power in range(11, 29):
         source = torch.zeros(2 ** (power - 1), dtype=torch.uint8, device=device)
@@ -470,17 +479,17 @@ def rates(device: torch.device, dtypes: Iterable[torch.dtype]) -> dict[str, Any]
         ):  # oneDNN's 1x1 convolution: the fastest form of a product torch has here
             image = torch.randn(1, n, n // 32, 32).to(memory_format=torch.channels_last)
             weight = torch.randn(n, n, 1, 1).to(memory_format=torch.channels_last)
-            forms.append(lambda: torch.nn.functional.conv2d(image, weight))
+            forms.append(lambda image=image, weight=weight: torch.nn.functional.conv2d(image, weight))  # type: ignore[misc]
         with torch.no_grad():
             gemm[str(dtype).removeprefix("torch.")] = 2 * n**3 / min(_best_time(form, device, 0.15) for form in forms)
     return {"copy": copies, "gemm": gemm}
 
 
 def floor_ms(measured: Mapping[str, Any], moved: float, flops: float, dtype: str) -> float:
-    """The longer of: copying as many bytes (interpolated between the measured sizes), and the flops at the GEMM rate."""
+    """The longer of: copying as many bytes (between measured sizes interpolated), and the flops at the GEMM rate."""
     points = [(math.log(size), math.log(seconds)) for size, seconds in measured["copy"]]
-    at = min(max(math.log(max(moved, 1)), points[0][0]), math.inf)
-    (x0, y0), (x1, y1) = next(((p, q) for p, q in zip(points, points[1:], strict=False) if at <= q[0]), points[-2:])
+    at = max(math.log(max(moved, 1)), points[0][0])
+    (x0, y0), (x1, y1) = next(((p, q) for p, q in itertools.pairwise(points) if at <= q[0]), points[-2:])
     copying = math.exp(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
     return 1e3 * max(copying, flops / measured["gemm"][dtype] if flops else 0.0)
 
@@ -498,8 +507,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 def merge_rows(old: Iterable[Mapping[str, Any]], new: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Old rows with the new in place of theirs.
 
-    All providers of one contest come from one run, so a rerun also drops rows of that contest which it did not measure again:
-    a ratio across two runs would be no ratio.
+    All providers of one contest come from one run, so a rerun also drops rows of that contest which it did not measure
+    again: a ratio across two runs would be no ratio.
     """
 
     def contest(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -596,7 +605,7 @@ def worker(device_name: str, threads: int, *files: str) -> None:
             else:
                 answer = getattr(contest, do)(*arguments)
             reply = {"ok": answer}
-        except Exception as error:  # noqa: BLE001 - a provider's failure is a result, reported in its row
+        except Exception as error:  # a provider's failure is a result, reported in its row
             traceback.print_exc()
             reply = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         replies.write(json.dumps(reply) + "\n")

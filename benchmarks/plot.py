@@ -45,15 +45,23 @@ def _svg(figure: Any, name: str) -> str:
     import matplotlib
 
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):  # ids must differ between the figures of one page, not between runs
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    with matplotlib.rc_context(
+        {"svg.hashsalt": name}
+    ):  # ids must differ between the figures of one page, not between runs
+        figure.savefig(
+            out, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S).replace(INK, "currentColor")
     text = re.sub(r"font: ([^;\"]*)'[^;\"]*", r"font: \1system-ui, sans-serif", text)
     size = re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', text)
     if size:  # scale with the page, up to the drawn size
-        text = text.replace(size.group(0), f'style="width:100%;max-width:{float(size.group(1)) * 4 / 3:.0f}px;height:auto" role="img"', 1)
+        text = text.replace(
+            size.group(0),
+            f'style="width:100%;max-width:{float(size.group(1)) * 4 / 3:.0f}px;height:auto" role="img"',
+            1,
+        )
     return text
 
 
@@ -104,7 +112,9 @@ def speedups(rows: Sequence[dict[str, Any]], op: str) -> str:
     from matplotlib.lines import Line2D
 
     handles = [
-        Line2D([], [], marker=marker, linestyle="", color=colour, markerfacecolor=colour if full else "none", label=label)
+        Line2D(
+            [], [], marker=marker, linestyle="", color=colour, markerfacecolor=colour if full else "none", label=label
+        )
         for marker, colour, full, label in (
             ("o", EAGER, True, "eager"),
             ("D", COMPILED, True, "compiled"),
@@ -118,7 +128,9 @@ def speedups(rows: Sequence[dict[str, Any]], op: str) -> str:
 
 def floors(rows: Sequence[dict[str, Any]], op: str) -> str:
     """Every provider's time over the floor of its contest (default allocator)."""
-    timed = [r for r in rows if r["op"] == op and r["status"] == "ok" and r.get("floor_ms") and r["allocator"] == "default"]
+    timed = [
+        r for r in rows if r["op"] == op and r["status"] == "ok" and r.get("floor_ms") and r["allocator"] == "default"
+    ]
     labels = list(dict.fromkeys(name_of(r) for r in timed))
     if not labels:
         return ""
@@ -133,11 +145,15 @@ def floors(rows: Sequence[dict[str, Any]], op: str) -> str:
         y, ours = labels.index(name_of(row)), row["provider"] == "pyflowgen"
         axes.plot([over[0], over[2]], [y, y], color=colour, linewidth=1.2, alpha=0.6)
         shape = "D" if is_compiled(row) else "o"
-        (seen[row["provider"]],) = axes.plot([over[1]], [y], shape, color=colour, markersize=7.5 if ours else 4.5, label=row["provider"], linestyle="")
+        (seen[row["provider"]],) = axes.plot(
+            [over[1]], [y], shape, color=colour, markersize=7.5 if ours else 4.5, label=row["provider"], linestyle=""
+        )
     _labels(axes, labels)
-    _ratio_axis(axes, times, "time over the floor (1×: as fast as this machine copies the same bytes, or multiplies as fast as its best GEMM)")
+    _ratio_axis(axes, times, "time over the floor (1×: the same bytes copied, the same products at the best GEMM rate)")
     order = sorted(seen, key=lambda name: (name != "pyflowgen", list(COLOURS).index(name) if name in COLOURS else 99))
-    figure.legend(handles=[seen[name] for name in order], loc="outside upper left", ncols=6, handletextpad=0.1, columnspacing=1)
+    figure.legend(
+        handles=[seen[name] for name in order], loc="outside upper left", ncols=6, handletextpad=0.1, columnspacing=1
+    )
     return _svg(figure, f"floors-{op}")
 
 
@@ -146,7 +162,9 @@ def allocator_gains(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     pairs: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
         if row["status"] == "ok" and row.get("median_ms"):
-            pairs.setdefault(tuple(str(row[k]) for k in KEY if k != "allocator"), {})[row["allocator"]] = float(row["median_ms"])
+            pairs.setdefault(tuple(str(row[k]) for k in KEY if k != "allocator"), {})[row["allocator"]] = float(
+                row["median_ms"]
+            )
     gains: dict[str, list[float]] = {}
     for key, times in pairs.items():
         if {"default", "no-mmap"} <= set(times):
@@ -159,7 +177,9 @@ def allocators(rows: Sequence[dict[str, Any]]) -> str:
     gains = allocator_gains(rows)
     if not gains:
         return ""
-    labels = sorted(gains, key=lambda name: (name != "pyflowgen", list(COLOURS).index(name) if name in COLOURS else 99, name))
+    labels = sorted(
+        gains, key=lambda name: (name != "pyflowgen", list(COLOURS).index(name) if name in COLOURS else 99, name)
+    )
     figure, axes = _figure(8.2, 0.9 + 0.26 * len(labels))
     axes.axvline(1, color=INK, linewidth=1)
     for y, name in enumerate(labels):
@@ -168,7 +188,11 @@ def allocators(rows: Sequence[dict[str, Any]]) -> str:
         axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.55, markersize=4.5)
         axes.plot([values[len(values) // 2]] * 2, [y - 0.3, y + 0.3], color=colour, linewidth=2.2)
     _labels(axes, labels)
-    _ratio_axis(axes, [v for values in gains.values() for v in values], "time with glibc's default over time with malloc keeping its pages")
+    _ratio_axis(
+        axes,
+        [v for values in gains.values() for v in values],
+        "time with glibc's default over time with malloc keeping its pages",
+    )
     return _svg(figure, "allocators")
 
 
@@ -184,7 +208,14 @@ def losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             points = [(t, v) for t, v in points if v is not None]
             if points:
                 label = name if kind == "valid" else None
-                axes.plot([t for t, _ in points], [v for _, v in points], color=colour, linewidth=width, alpha=alpha, label=label)
+                axes.plot(
+                    [t for t, _ in points],
+                    [v for _, v in points],
+                    color=colour,
+                    linewidth=width,
+                    alpha=alpha,
+                    label=label,
+                )
                 values += [v for _, v in points]
     values.sort()
     if len(values) > 8:  # the first epochs fall from far above, where nothing is to be seen

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import harness, plot
-from .run import summary, verdicts
+from .run import TIE, summary, verdicts
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -37,7 +37,9 @@ def race(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         last = lines[-1]
         seconds = float(last.get("seconds", last.get("wall", 0)))
         if seconds:
-            words.append(f"{name}: {int(last['step'])} steps in {seconds:.1f} s ({last['step'] / seconds:.0f} a second), best validation {best[name]:.4f}")
+            words.append(
+                f"{name}: {int(last['step'])} steps in {seconds:.1f} s ({last['step'] / seconds:.0f} a second), best validation {best[name]:.4f}"
+            )
     if len(best) > 1:
         level = max(best.values())
         for name in best:
@@ -50,6 +52,10 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
 
+def verdict_kind(ratio: float) -> str:
+    return "loss" if ratio < 1 / TIE else "win" if ratio > TIE else "tie"
+
+
 def contests(rows: Sequence[dict[str, Any]], op: str) -> list[dict[str, Any]]:
     """One line for each contest of an op: default allocator first, the other's ratios beside it."""
     found = [v for v in verdicts(rows) if v["row"]["op"] == op]
@@ -57,16 +63,22 @@ def contests(rows: Sequence[dict[str, Any]], op: str) -> list[dict[str, Any]]:
     lines = []
     for v in (v for v in found if v["row"]["allocator"] == "default"):
         row, kept = v["row"], other.get(plot.name_of(v["row"]))
-        same = [r for r in rows if all(str(r[k]) == str(row[k]) for k in harness.KEY if k != "provider") and r["status"] == "ok"]
-        rival_peaks = [float(r["peak_mib"]) for r in same if r.get("peak_mib") and not r["provider"].startswith("pyflowgen")]
+        same = [
+            r
+            for r in rows
+            if all(str(r[k]) == str(row[k]) for k in harness.KEY if k != "provider") and r["status"] == "ok"
+        ]
+        rival_peaks = [
+            float(r["peak_mib"]) for r in same if r.get("peak_mib") and not r["provider"].startswith("pyflowgen")
+        ]
         lines.append(
             {
                 "name": plot.name_of(row),
                 "ms": f"{v['ms']:.3g}",
                 "cells": [
-                    {"text": _ratio(w[f"{kind}_ratio"]), "who": w[kind], "loss": w[f"{kind}_ratio"] < 0.98}
+                    {"text": _ratio(w[f"{kind}_ratio"]), "who": w[kind], "kind": verdict_kind(w[f"{kind}_ratio"])}
                     if w is not None and w[kind]
-                    else {"text": "", "who": "", "loss": False}
+                    else {"text": "", "who": "", "kind": ""}
                     for w in (v, kept)
                     for kind in ("eager", "compiled")
                 ],
@@ -88,19 +100,32 @@ def headlines(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         for kind in ("eager", "compiled"):
             ratios = sorted(v[f"{kind}_ratio"] for v in found if v["row"]["op"] == op and v[kind])
             if ratios:
-                lost = sum(r < 0.98 for r in ratios)
-                detail = f"{_ratio(ratios[0])} to {_ratio(ratios[-1])} over {len(ratios)} rows" + (f", {lost} of them slower" if lost else "")
-                tiles.append({"op": op, "value": _ratio(statistics.median(ratios)), "kind": f"the fastest {kind} rival", "detail": detail})
+                lost = sum(r < 1 / TIE for r in ratios)
+                detail = f"{_ratio(ratios[0])} to {_ratio(ratios[-1])} over {len(ratios)} rows" + (
+                    f", {lost} of them slower" if lost else ""
+                )
+                tiles.append(
+                    {
+                        "op": op,
+                        "value": _ratio(statistics.median(ratios)),
+                        "kind": f"the fastest {kind} rival",
+                        "detail": detail,
+                    }
+                )
     return tiles
 
 
 def allocator_words(rows: Sequence[dict[str, Any]]) -> str:
     gains = plot.allocator_gains(rows)
-    eager = sorted(g for name, values in gains.items() if name != "pyflowgen" and not name.endswith("compiled") for g in values)
+    eager = sorted(
+        g for name, values in gains.items() if name != "pyflowgen" and not name.endswith("compiled") for g in values
+    )
     words = []
     for label, values in (("eager code", eager), ("pyflowgen", sorted(gains.get("pyflowgen", [])))):
         if values:
-            words.append(f"{label} gains {values[len(values) // 2]:.2f}× in the middle ({values[0]:.2f}× to {values[-1]:.2f}×)")
+            words.append(
+                f"{label} gains {values[len(values) // 2]:.2f}× in the middle ({values[0]:.2f}× to {values[-1]:.2f}×)"
+            )
     return "; ".join(words)
 
 
@@ -119,7 +144,9 @@ def write_report(
         from jinja2 import Environment, FileSystemLoader
         from markupsafe import Markup
     except ImportError as error:
-        raise ImportError(f"the HTML report needs jinja2 and matplotlib: pip install 'pyflowgen[bench]' ({error})") from error
+        raise ImportError(
+            f"the HTML report needs jinja2 and matplotlib: pip install 'pyflowgen[bench]' ({error})"
+        ) from error
     lines = {name: read_metrics(folder) for name, folder in (runs or {}).items()}
     lines = {name: found for name, found in lines.items() if found}
     ops = []
@@ -132,15 +159,29 @@ def write_report(
                 "has_vs": any("vs" in v for v in verdicts(mine)),
                 "speedups": Markup(plot.speedups(rows, op)),
                 "floors": Markup(plot.floors(rows, op)),
-                "rows": sorted(mine, key=lambda r: (r["shape"], r["dtype"], r["mode"], r["allocator"], float(r.get("median_ms") or "inf"))),
+                "rows": sorted(
+                    mine,
+                    key=lambda r: (
+                        r["shape"],
+                        r["dtype"],
+                        r["mode"],
+                        r["allocator"],
+                        float(r.get("median_ms") or "inf"),
+                    ),
+                ),
             }
         )
     bandwidth = [
-        {"size": f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size // 2**10} KiB", "rate": f"{size / seconds / 1e9:.1f} GB/s"}
+        {
+            "size": f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size // 2**10} KiB",
+            "rate": f"{size / seconds / 1e9:.1f} GB/s",
+        }
         for size, seconds in (measured or {}).get("copy", [])
         if size in (2**14, 2**17, 2**20, 2**23, 2**26, 2**28)
     ]
-    environment = Environment(loader=FileSystemLoader(harness.HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(harness.HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.get_template("report.html.jinja").render(
         machine=machine,
         threads=sorted({str(r["threads"]) for r in rows}),
@@ -149,7 +190,8 @@ def write_report(
         date=datetime.date.today().isoformat(),
         tiles=headlines(rows),
         summary=summary(rows),
-        refused=refused or sorted({f"{r['op']} {r['shape']}: {r['provider']} {r['status']}" for r in rows if r["status"] != "ok"}),
+        refused=refused
+        or sorted({f"{r['op']} {r['shape']}: {r['provider']} {r['status']}" for r in rows if r["status"] != "ok"}),
         ops=ops,
         allocators=Markup(plot.allocators(rows)),
         allocator_words=allocator_words(rows),

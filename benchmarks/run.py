@@ -121,7 +121,7 @@ class Plan:
 
 
 class Runner:
-    """Owns the workers of a run; a worker that dies is replaced when it is next needed, without the provider that killed it."""
+    """Owns the workers of a run. One that dies is replaced when next needed, without the provider that killed it."""
 
     def __init__(self, plan: Plan, files: Sequence[Path], log: IO[bytes]):
         self.plan, self.files, self.log = plan, files, log
@@ -155,7 +155,7 @@ class Runner:
                 provider, compiled = split_compiled(name)
                 if suffix and name != "pyflowgen":
                     continue
-                # A compiled peer has crashed its process before (zuko's training step corrupts the heap under torch 2.13).
+                # A compiled peer may take its process along (zuko's training step corrupts the heap under torch 2.13).
                 home = name if compiled and provider != "eager" else "main"
                 for allocator in ALLOCATORS if self.plan.device == "cpu" else ("default",):
                     found.append(Entry(name, allocator, home, tree, name + suffix))
@@ -314,6 +314,9 @@ def run(
 # ---------------------------------------------------------------- words
 
 
+TIE = 1.02  # closer than this is neither won nor lost
+
+
 def ours(row: dict[str, Any]) -> bool:
     return row["provider"] == "pyflowgen"
 
@@ -323,7 +326,7 @@ def is_compiled(row: dict[str, Any]) -> bool:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each contest: our time beside the fastest eager and the fastest compiled rival's, and the ratios (> 1: we are faster)."""
+    """For each contest our time, the fastest eager and compiled rivals, and their ratios (above 1: we are faster)."""
     contests: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         contests.setdefault(tuple(str(row[k]) for k in harness.KEY if k != "provider"), []).append(row)
@@ -348,7 +351,16 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if mine.get("floor_ms"):
             verdict["floor_share"] = float(mine["floor_ms"]) / verdict["ms"]
         found.append(verdict)
-    return found
+    order = {shape: i for i, shape in enumerate(dict.fromkeys(v["row"]["shape"] for v in found))}
+    return sorted(
+        found,
+        key=lambda v: (
+            v["row"]["op"],
+            v["row"]["dtype"] != "float32",
+            order[v["row"]["shape"]],
+            harness.MODES.index(v["row"]["mode"]),
+        ),
+    )
 
 
 def describe(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -380,7 +392,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
         )
         for v in mine:
             for kind in ("eager", "compiled"):
-                if v[kind] and v[f"{kind}_ratio"] < 0.98:  # closer than that is a tie
+                if v[kind] and v[f"{kind}_ratio"] < 1 / TIE:
                     row = v["row"]
                     lines.append(
                         f"  slower than {v[kind]}: {row['shape']} {row['dtype']} {row['mode']} [{row['allocator']}] {v[f'{kind}_ratio']:.2f}x"
@@ -499,9 +511,8 @@ def bench(
             trees: list[tuple[str, Path | None]] = [("", own_tree())]
             if vs:
                 trees.append((f"@{vs}", stack.enter_context(other_tree(vs, click.echo))))
-            plan = (Plan.fast if quick else Plan)(
-                device=device, threads=threads, trees=tuple(trees), **({"rounds": rounds} if rounds else {})
-            )
+            changes: dict[str, Any] = {"rounds": rounds} if rounds else {}
+            plan = (Plan.fast if quick else Plan)(device=device, threads=threads, trees=tuple(trees), **changes)
 
             def keep(new: list[dict[str, Any]]) -> None:
                 harness.write_rows(csv_path, harness.merge_rows(harness.read_rows(csv_path), new))
