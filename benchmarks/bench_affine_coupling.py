@@ -1,7 +1,7 @@
-"""The affine coupling in each convention in use. A peer is timed on its own map and layout, and so are we beside it.
+"""The affine coupling in each convention in use: a peer is timed on its own map and layout, and we beside it.
 
-Op rows call the peer's coupling arithmetic with the conditioner's output given. Layer rows ("layer") call whole coupling
-layers, split and merge included, whose conditioner hands out that output, so that no network is timed.
+Op rows call the peer's coupling arithmetic with the conditioner's output given. Layer rows ("layer") call whole
+coupling layers, split and merge included, whose conditioner hands out that output, so that no network is timed.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def layer_halves(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
 
 def nflows_op(features: int) -> dict[str, Factory]:
     def make(device: torch.device, dtype: torch.dtype) -> Op:
-        return _nflows_layer(features)[0]._coupling_transform_forward  # type: ignore[no-any-return, operator]
+        layer: Any = _nflows_layer(features)[0]
+        return layer._coupling_transform_forward  # type: ignore[no-any-return]
 
     return {"nflows": make} if installed("nflows") else {}
 
@@ -239,51 +240,45 @@ def cases(device: torch.device) -> list[Case]:
         return Case("affine_coupling", f"{size} {label}", dtype, inputs, providers, modes, compile=compile, quick=quick)
 
     n, d = 8192, 64
-    vector, halves, pairs = (n, d), (n, 2 * d), (n, d, 2)
+    vector, whole, halves, pairs = (n, d), (n, 2 * d), (n, 2 * d), (n, d, 2)
+    image, image_halves = (32, 48, 32, 32), (32, 96, 32, 32)
     both = ("forward", "forward+backward")
+
+    def by_hand(fn: Op) -> dict[str, Factory]:
+        return {"mask-free": given(fn)}
+
+    scale_first = split_ours(lambda p: (p[:, d:], p[:, :d]), scale="atan", clamp=2.0)
+    half_scale = split_ours(lambda p: (p[..., 1], p[..., 0] / 2))
+    eps = {"layout": "halves", "scale": "sigmoid_eps"}
+    moved = {"part": (d, 1)}  # in a layer the second half is transformed, the first copied
+    exp = ours(layout="halves") | by_hand(exp_halves)
+    tanh = ours(layout="halves", scale="tanh", clamp=2.0) | by_hand(tanh_halves)
+    sigmoid = ours(layout="halves", scale="sigmoid") | by_hand(sigmoid_halves)
+    interleaved = ours(layout="interleaved") | by_hand(exp_interleaved) | normflows_op("exp")
+    glow = ours(layout="interleaved", scale="sigmoid") | normflows_op("sigmoid_inv")
+    inverse = ours(layout="halves", inverse=True) | by_hand(exp_halves_inverse)
+    exp_image = ours(layout="halves", event_dim=3) | by_hand(exp_halves)
+    layer = ours(layout="halves", **moved) | by_hand(layer_halves)
     found = [
-        case("exp halves", vector, halves, ours(layout="halves") | {"mask-free": given(exp_halves)}, quick=True),
-        case("tanh halves", vector, halves, ours(layout="halves", scale="tanh", clamp=2.0) | {"mask-free": given(tanh_halves)}, quick=True),
-        case("sigmoid halves", vector, halves, ours(layout="halves", scale="sigmoid") | {"mask-free": given(sigmoid_halves)}),
-        case("sigmoid_eps halves", vector, halves, ours(layout="halves", scale="sigmoid_eps") | nflows_op(d)),
-        case("exp interleaved", vector, halves, ours(layout="interleaved") | {"mask-free": given(exp_interleaved)} | normflows_op("exp"), quick=True),
-        case("sigmoid interleaved", vector, halves, ours(layout="interleaved", scale="sigmoid") | normflows_op("sigmoid_inv")),
+        case("exp halves", vector, halves, exp, quick=True),
+        case("tanh halves", vector, halves, tanh, quick=True),
+        case("sigmoid halves", vector, halves, sigmoid),
+        case("sigmoid_eps halves", vector, halves, ours(**eps) | nflows_op(d)),
+        case("exp interleaved", vector, halves, interleaved, quick=True),
+        case("sigmoid interleaved", vector, halves, glow),
         case("softclip pairs", vector, pairs, ours(layout="pairs", scale="softclip") | zuko_op(), quick=True),
+        case("atan scale-first halves", vector, halves, scale_first | freia_op(d)),
+        case("exp half-scale pairs", vector, pairs, half_scale | torchflows_op(d)),
+        case("exp halves", (64, 2), (64, 4), exp, quick=True),
+        case("exp halves", image, image_halves, exp_image, quick=True),
+        case("sigmoid_eps halves", image, image_halves, ours(**eps, event_dim=3) | nflows_op(48)),
+        case("exp halves inverse", vector, halves, inverse, ("inverse",)),
+        case("layer exp halves", whole, halves, layer, both),
+        case("layer sigmoid_eps halves", whole, halves, ours(**eps, **moved) | nflows_layer(d), both, quick=True),
+        case("layer exp interleaved", whole, halves, ours(layout="interleaved", **moved) | normflows_layer(), both),
         case(
-            "atan scale-first halves",
-            vector,
-            halves,
-            split_ours(lambda p: (p[:, d:], p[:, :d]), scale="atan", clamp=2.0) | freia_op(d),
+            "layer softclip pairs", whole, pairs, ours(layout="pairs", scale="softclip", **moved) | zuko_layer(d), both
         ),
-        case(
-            "exp half-scale pairs",
-            vector,
-            pairs,
-            split_ours(lambda p: (p[..., 1], p[..., 0] / 2)) | torchflows_op(d),
-        ),
-        case("exp halves", (64, 2), (64, 4), ours(layout="halves") | {"mask-free": given(exp_halves)}, quick=True),
-        case(
-            "exp halves",
-            (32, 48, 32, 32),
-            (32, 96, 32, 32),
-            ours(layout="halves", event_dim=3) | {"mask-free": given(exp_halves)},
-            quick=True,
-        ),
-        case("sigmoid_eps halves", (32, 48, 32, 32), (32, 96, 32, 32), ours(layout="halves", scale="sigmoid_eps", event_dim=3) | nflows_op(48)),
-        case(
-            "exp halves inverse",
-            vector,
-            halves,
-            ours(layout="halves", inverse=True) | {"mask-free": given(exp_halves_inverse)},
-            modes=("inverse",),
-        ),
-        case("layer exp halves", (n, 2 * d), halves, ours(layout="halves", part=(d, 1)) | {"mask-free": given(layer_halves)}, both),
-        case("layer sigmoid_eps halves", (n, 2 * d), halves, ours(layout="halves", scale="sigmoid_eps", part=(d, 1)) | nflows_layer(d), both, quick=True),
-        case("layer exp interleaved", (n, 2 * d), halves, ours(layout="interleaved", part=(d, 1)) | normflows_layer(), both),
-        case("layer softclip pairs", (n, 2 * d), pairs, ours(layout="pairs", scale="softclip", part=(d, 1)) | zuko_layer(d), both),
-    ]  # fmt: skip
-    for dtype in (torch.float64, torch.bfloat16):
-        found.append(
-            case("exp halves", vector, halves, ours(layout="halves") | {"mask-free": given(exp_halves)}, both, dtype)
-        )
+    ]
+    found += [case("exp halves", vector, halves, exp, both, dtype) for dtype in (torch.float64, torch.bfloat16)]
     return found

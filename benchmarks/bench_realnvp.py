@@ -1,7 +1,8 @@
-"""A training step of RealNVP on vectors of 64: 8 couplings, conditioners with 2 hidden layers of 128 and ReLU, batch 1024.
+"""A training step of RealNVP on vectors of 64: 8 couplings, conditioners of 2 hidden layers of 128 and ReLU, batch 1024.
 
-Every library builds the model its own way (own masks, own scale map), with the same couplings and conditioner sizes, and
-returns the mean negative log-likelihood. A peer is gated against its own float64 run.
+Every library builds the model its own way (own masks, own scale map), with as many couplings and the same conditioner
+sizes, and returns the mean negative log-likelihood. A peer is gated against its own float64 run. torchflows' model has
+elementwise affine layers and ActNorms besides, which its RealNVP cannot do without.
 """
 
 from __future__ import annotations

@@ -269,7 +269,7 @@ class Contest:
         return "ok"
 
     def call(self, name: str, mode: str) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
-        """``(before, timed)``: timed is the second half of ``timed(before())``; ``before`` does nothing but for "backward"."""
+        """``(before, timed)`` to run as ``timed(before())``; ``before`` is untimed and only "backward" needs it."""
         fn = self.fns[name]
         args, wanted = self._leaves(fn, self.inputs)
         if mode in ("forward", "inverse", "sample"):
@@ -311,7 +311,7 @@ class Contest:
         return _nothing, both
 
     def sizes(self, name: str, mode: str) -> tuple[int, int]:
-        """Bytes a call must move, and bytes that must live in it: inputs, outputs, and in a backward their gradients."""
+        """Bytes a call must move, and bytes that must live in it: inputs, outputs, with a backward their gradients."""
         fn = self.fns[name]
         args, wanted = self._leaves(fn, self.inputs)
         with torch.no_grad():
@@ -353,7 +353,7 @@ class Contest:
         return alive + highest
 
     def visit(self, name: str, mode: str, seconds: float, calls: int | None = None) -> tuple[list[float], int]:
-        """Samples in ms of one call, taken for about ``seconds``; the first visit finds how many ``calls`` a sample has."""
+        """Samples in ms of one call, taken for about ``seconds``; the first visit finds the ``calls`` of a sample."""
         before, timed = self.call(name, mode)
         single = before is not _nothing
         cuda = self.device.type == "cuda"

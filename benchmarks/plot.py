@@ -17,8 +17,8 @@ from .run import is_compiled, verdicts
 INK = "#010203"  # stands for the page's text colour, replaced on the way out
 OURS, EAGER, COMPILED = "#e8590c", "#4c86c6", "#3a9d6e"
 COLOURS = {
-    "pyflowgen": OURS, "eager": EAGER, "compiled": COMPILED, "mask-free": "#8aa7c9", "nflows": "#9c6ade", "normflows": "#d0679d",
-    "zuko": "#b8912f", "FrEIA": "#5f9ea0", "torchflows": "#a0785a",
+    "pyflowgen": OURS, "eager": EAGER, "compiled": COMPILED, "mask-free": "#8aa7c9", "nflows": "#9c6ade",
+    "normflows": "#d0679d", "zuko": "#b8912f", "FrEIA": "#5f9ea0", "torchflows": "#a0785a",
 }  # fmt: skip
 
 
@@ -28,9 +28,10 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    style = {
-        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-        "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "axes.linewidth": 0.6,
+    style: Any = {
+        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "text.color": INK, "xtick.color": INK,
+        "ytick.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "axes.spines.top": False,
+        "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False,
     }  # fmt: skip
     matplotlib.rcParams.update(style)
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -104,9 +105,8 @@ def speedups(rows: Sequence[dict[str, Any]], op: str) -> str:
         for kind, colour, marker, shift in (("eager", EAGER, "o", -0.14), ("compiled", COMPILED, "D", 0.14)):
             if v[kind]:
                 drawn.append(v[f"{kind}_ratio"])
-                axes.plot(
-                    [drawn[-1]], [y + shift], marker, color=colour, markerfacecolor=colour if solid else "none", markersize=5.5 if marker == "o" else 4.8
-                )  # fmt: skip
+                face = colour if solid else "none"
+                axes.plot([drawn[-1]], [y + shift], marker, color=colour, markerfacecolor=face, markersize=5)
     _labels(axes, labels)
     _ratio_axis(axes, drawn, "times faster than the fastest rival (right of 1×: pyflowgen is faster)")
     from matplotlib.lines import Line2D
@@ -204,8 +204,7 @@ def losses(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     for i, (name, lines) in enumerate(runs.items()):
         colour = palette[i % len(palette)]
         for kind, width, alpha in (("valid", 1.8, 1.0), ("train", 0.9, 0.55)):
-            points = [(_seconds(m), loss_of(m, kind)) for m in lines]
-            points = [(t, v) for t, v in points if v is not None]
+            points = [(_seconds(m), loss) for m in lines if (loss := loss_of(m, kind)) is not None]
             if points:
                 label = name if kind == "valid" else None
                 axes.plot(

@@ -37,9 +37,8 @@ def race(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
         last = lines[-1]
         seconds = float(last.get("seconds", last.get("wall", 0)))
         if seconds:
-            words.append(
-                f"{name}: {int(last['step'])} steps in {seconds:.1f} s ({last['step'] / seconds:.0f} a second), best validation {best[name]:.4f}"
-            )
+            pace = f"{int(last['step'])} steps in {seconds:.1f} s ({last['step'] / seconds:.0f} a second)"
+            words.append(f"{name}: {pace}, best validation {best[name]:.4f}")
     if len(best) > 1:
         level = max(best.values())
         for name in best:
@@ -182,7 +181,7 @@ def write_report(
     environment = Environment(
         loader=FileSystemLoader(harness.HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    page = environment.get_template("report.html.jinja").render(
+    page = environment.get_template("report.html.j2").render(
         machine=machine,
         threads=sorted({str(r["threads"]) for r in rows}),
         torch=sorted({str(r["torch"]) for r in rows}),

@@ -193,8 +193,11 @@ class Runner:
             if verdict is not None:
                 entry.status = "prepared" if verdict == "ok" else verdict
         dtype = str(case.dtype).removeprefix("torch.")
-        facts = {"op": case.op, "dtype": dtype, "shape": case.shape, "threads": self.threads, "machine": harness.machine(torch.device(self.plan.device)),
-                 "torch": torch.__version__, "commit": harness.commit(), "date": datetime.date.today().isoformat()}  # fmt: skip
+        facts = {
+            "op": case.op, "dtype": dtype, "shape": case.shape, "threads": self.threads,
+            "machine": harness.machine(torch.device(self.plan.device)), "torch": torch.__version__,
+            "commit": harness.commit(), "date": datetime.date.today().isoformat(),
+        }  # fmt: skip
         for mode in case.timed_modes(self.plan.quick):
             samples: list[list[float]] = [[] for _ in entries]
             calls: list[int | None] = [None] * len(entries)
@@ -394,9 +397,8 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
             for kind in ("eager", "compiled"):
                 if v[kind] and v[f"{kind}_ratio"] < 1 / TIE:
                     row = v["row"]
-                    lines.append(
-                        f"  slower than {v[kind]}: {row['shape']} {row['dtype']} {row['mode']} [{row['allocator']}] {v[f'{kind}_ratio']:.2f}x"
-                    )
+                    where = f"{row['shape']} {row['dtype']} {row['mode']} [{row['allocator']}]"
+                    lines.append(f"  slower than {v[kind]}: {where} {v[f'{kind}_ratio']:.2f}x")
     return lines
 
 
@@ -487,8 +489,9 @@ def own_tree() -> Path | None:
 )
 @click.option("--no-bench", is_flag=True, help="Time nothing: make the report from the rows there are.")
 def bench(
-    ops: tuple[str, ...], quick: bool, device: str, threads: int, rounds: int | None, gate: str, only: str, vs: str | None, csv_path: Path | None,
-    json_path: Path | None, html_path: Path | None, runs: tuple[str, ...], samples: tuple[Path, ...], no_bench: bool,
+    ops: tuple[str, ...], quick: bool, device: str, threads: int, rounds: int | None, gate: str, only: str,
+    vs: str | None, csv_path: Path | None, json_path: Path | None, html_path: Path | None, runs: tuple[str, ...],
+    samples: tuple[Path, ...], no_bench: bool,
 ) -> None:  # fmt: skip
     """Time OPs (all by default) against eager PyTorch, torch.compile and the installed peers."""
     if device == "cuda" and not torch.cuda.is_available():
