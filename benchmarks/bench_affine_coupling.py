@@ -105,7 +105,7 @@ def layer_halves(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
 def nflows_op(features: int) -> dict[str, Factory]:
     def make(device: torch.device, dtype: torch.dtype) -> Op:
         layer: Any = _nflows_layer(features)[0]
-        return layer._coupling_transform_forward  # type: ignore[no-any-return]
+        return layer._coupling_transform_forward
 
     return {"nflows": make} if installed("nflows") else {}
 

@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import functools
 import gc
 import importlib
 import importlib.util
@@ -182,9 +183,9 @@ class Contest:
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device = case, device
-        # Every case compiles afresh: with many shapes in one process the recompile limit would quietly mean eager.
-        torch._dynamo.reset()
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        if "torch._dynamo" in sys.modules:  # (its import costs seconds: not for cases that compile nothing)
+            # Every case compiles afresh: with many shapes in one process the recompile limit would quietly mean eager.
+            torch._dynamo.reset()
         self.inputs = case.inputs(device, case.dtype)
         self.fns: dict[str, Callable[..., Any]] = {}
         self.errors: dict[tuple[str, str], list[float]] = {}
@@ -254,6 +255,7 @@ class Contest:
         provider, compiled = split_compiled(name)
         fn = self._make(provider)
         if compiled:
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
             fn = torch.compile(fn, dynamic=False)
         baseline = self.case.truth.get(provider, "eager")
         if (baseline, baseline) not in self.errors:
@@ -288,7 +290,7 @@ class Contest:
 
             def step(_: Any) -> None:
                 optimizer.zero_grad(set_to_none=True)
-                _outputs(fn(*args))[0].backward()
+                torch.autograd.backward(_outputs(fn(*args))[:1])
                 optimizer.step()
 
             return _nothing, step
@@ -344,7 +346,7 @@ class Contest:
 
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
             result = timed(before())
-        events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+        events = [e for e in trace.profiler.kineto_results.events() if e.name() == "[memory]"]
         del result
         running = highest = 0
         for event in sorted(events, key=lambda e: e.start_ns()):
@@ -357,6 +359,7 @@ class Contest:
         before, timed = self.call(name, mode)
         single = before is not _nothing
         cuda = self.device.type == "cuda"
+        event: Callable[[], Any] = functools.partial(torch.cuda.Event, enable_timing=True)
         for _ in range(2):
             start = time.perf_counter()
             timed(before())
@@ -378,7 +381,7 @@ class Contest:
                             timed(None)
                     total += time.perf_counter_ns() - start
                 return total / n / 1e6
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin, end = event(), event()
             begin.record()
             for _ in range(n):
                 timed(None)
@@ -392,7 +395,7 @@ class Contest:
             for _ in range(n):
                 held = before()
                 torch.cuda.synchronize()
-                pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                pair = event(), event()
                 pair[0].record()
                 timed(held)
                 pair[1].record()

@@ -113,6 +113,7 @@ class Plan:
     rounds: int = 20
     seconds: float = 0.03  # of one visit
     quick: bool = False
+    allocators: tuple[str, ...] = tuple(ALLOCATORS)
     trees: tuple[tuple[str, Path | None], ...] = (("", None),)  # (suffix of the row's provider, tree of its pyflowgen)
 
     @classmethod
@@ -157,7 +158,7 @@ class Runner:
                     continue
                 # A compiled peer may take its process along (zuko's training step corrupts the heap under torch 2.13).
                 home = name if compiled and provider != "eager" else "main"
-                for allocator in ALLOCATORS if self.plan.device == "cpu" else ("default",):
+                for allocator in self.plan.allocators if self.plan.device == "cpu" else ("default",):
                     found.append(Entry(name, allocator, home, tree, name + suffix))
         return found
 
