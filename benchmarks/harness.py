@@ -591,7 +591,8 @@ def worker(device_name: str, threads: int, *files: str) -> None:
     torch.set_num_threads(threads)
     contest: Contest | None = None
     cases = {file: load_cases(Path(file), device) for file in files}
-    replies.write(json.dumps({"ok": {"torch": torch.__version__}}) + "\n")
+    spec = importlib.util.find_spec("pyflowgen")
+    replies.write(json.dumps({"ok": spec.origin if spec is not None else None}) + "\n")
     replies.flush()
     for line in sys.stdin:
         do, *arguments = json.loads(line)

@@ -53,7 +53,10 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=env)
         self.opened: object = None
         self.buffer = b""
-        self.answer(300)
+        found = self.answer(300)
+        if tree is not None and (found is None or tree.resolve() not in Path(found).resolve().parents):
+            self.close()  # another commit's rows must never be an installed package's
+            raise Failed(f"no pyflowgen in {tree}, found {found}")
 
     def answer(self, timeout: float) -> Any:
         assert self.process.stdout is not None

@@ -57,8 +57,8 @@ def as_is(fn):
     return lambda device, dtype: fn
 
 def cases(device):
-    named = {"eager": reference, "pyflowgen": lambda x, s: (x * s.exp(), s.sum(-1)), "wrong": wrong, "gradient": wrong_gradient,
-             "fails": fails}
+    named = {"eager": reference, "pyflowgen": lambda x, s: (x * s.exp(), s.sum(-1)), "wrong": wrong,
+             "gradient": wrong_gradient, "fails": fails}
     deadly = {"eager": reference, "dies": dies, "dies later": dies_later, "pyflowgen": reference}
     return [Case("toy", "64x32", torch.float32, normal((64, 32), (64, 32)), {k: as_is(f) for k, f in named.items()},
                  modes=("forward", "backward", "forward+backward"), compile=(), quick=True),
@@ -179,7 +179,8 @@ def test_a_rerun_replaces_its_rows_and_leaves_the_others(tmp_path: Path) -> None
 def test_verdicts_name_the_fastest_rival_and_losses_are_said() -> None:
     rows = [
         row(), row(provider="nflows", median_ms="1.5"), row(provider="compiled", median_ms="0.8"),
-        row(provider="nflows compiled", status="crashed: exit status -6", median_ms=""), row(provider="pyflowgen", median_ms="1.0"),
+        row(provider="nflows compiled", status="crashed: exit status -6", median_ms=""),
+        row(provider="pyflowgen", median_ms="1.0"),
     ]  # fmt: skip
     (verdict,) = run.verdicts(rows)
     assert verdict["eager"] == "nflows" and verdict["eager_ratio"] == pytest.approx(1.5)
