@@ -8,7 +8,7 @@ elementwise affine layers and ActNorms besides, which its RealNVP cannot do with
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,7 @@ def reference(device: torch.device, dtype: torch.dtype) -> nn.Module:
 class MaskFree(nn.Module):
     """The same flow by hand: halves are swapped by name, never masked, and joined once at the end."""
 
-    def __init__(self, conditioners: list[nn.Module]) -> None:
+    def __init__(self, conditioners: Sequence[nn.Module]) -> None:
         super().__init__()
         self.conditioners = nn.ModuleList(conditioners)
 
