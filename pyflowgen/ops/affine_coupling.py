@@ -268,8 +268,11 @@ def _arguments(
     start, step = (0, 1) if part is None else part
     if part is not None:
         # How many channels are transformed is the parameters' word.
-        sizes = [t.shape[dim] for t in (shift, log_scale) if t is not None and t.dim() > dim]
-        count = max(sizes, default=0) // (2 if code in (1, 2) else 1)
+        count = shift.shape[dim] if shift.dim() > dim else 0
+        if log_scale is not None and log_scale.dim() > dim:
+            count = max(count, log_scale.shape[dim])
+        if code in (1, 2):
+            count //= 2
         if start < 0 or step < 1 or count < 1 or start + (count - 1) * step >= x.shape[dim]:
             raise ValueError(
                 f"part=(start={start}, step={step}) with {count} channels of parameters does not fit "
