@@ -45,7 +45,9 @@ def vector_chain(context_features: int = 0) -> Chain:
 def image_chain() -> Chain:
     return Chain(
         ActNorm(2, event_dim=3, init=False),
-        AffineCoupling(ConvResNet(2, 4, 4, blocks=1, activation="tanh"), mask="checkerboard", scale="tanh", event_dim=3),
+        AffineCoupling(
+            ConvResNet(2, 4, 4, blocks=1, activation="tanh"), mask="checkerboard", scale="tanh", event_dim=3
+        ),
         Squeeze(),
         Permutation.reverse(8, dim=-3),
         AffineCoupling(ConvResNet(4, 4, 8, blocks=1, activation="tanh"), mask="channel", scale="tanh", event_dim=3),
@@ -81,7 +83,9 @@ def make(name: str, dtype: torch.dtype = torch.float64) -> tuple[Bijection, tupl
 
 def data(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Inside (0, 1), so that every bijection is defined on it."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).mul(0.96).add(0.02).to(dtype)
+    return (
+        torch.rand(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64).mul(0.96).add(0.02).to(dtype)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -227,9 +231,7 @@ def test_wrong_use_is_refused_in_words():
             method(torch.zeros(1))
 
 
-@pytest.mark.parametrize(
-    "module", ["bijection", "layers", "nets", "flow", "models.nice", "models.realnvp"]
-)
+@pytest.mark.parametrize("module", ["bijection", "layers", "nets", "flow", "models.nice", "models.realnvp"])
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"pyflowgen.{module}"))
     assert result.attempted > 0 and result.failed == 0

@@ -8,7 +8,14 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Independent, LogNormal, MixtureSameFamily, Normal, TransformedDistribution, kl_divergence
+from torch.distributions import (
+    Independent,
+    LogNormal,
+    MixtureSameFamily,
+    Normal,
+    TransformedDistribution,
+    kl_divergence,
+)
 from torch.distributions.transforms import AffineTransform, SigmoidTransform
 
 from pyflowgen.bijection import Bijection, Chain, Inverse
@@ -59,10 +66,9 @@ def test_diag_normal_is_torchs(learnable):
     torch.testing.assert_close(base().entropy(), expected.entropy())
     assert base().sample((5,)).shape == (5, 2, 3)
     assert len(list(base.parameters())) == 2 * learnable and set(base.state_dict()) == {"loc", "log_scale"}
+    other = Independent(Normal(torch.ones(2, 3), torch.full((2, 3), 2.0)), 2)
+    torch.testing.assert_close(kl_divergence(base(), other), kl_divergence(expected, other))
     assert base.bfloat16()().log_prob(z.bfloat16()).dtype == (torch.bfloat16 if learnable else torch.float32)
-    with pytest.raises(ValueError):
-        base().log_prob(torch.zeros(3, 4)) if learnable else kl_divergence(base(), Normal(0.0, 1.0))
-    torch.testing.assert_close(kl_divergence(base(), base()).float(), torch.tensor(0.0))
 
 
 def test_logistic_is_torchs_transformed_uniform():
@@ -179,8 +185,8 @@ def test_integer_data_have_a_normalised_mass():
     with torch.no_grad():
         flow.bijection[2].log_scale.fill_(0.3)
     x = torch.arange(5)[:, None]
-    mass = torch.stack([flow.log_prob(x).exp().detach() for _ in range(20000)]).mean(0)
-    assert mass.sum().item() == pytest.approx(1, abs=0.02)
+    mass = torch.stack([flow.log_prob(x).exp().detach() for _ in range(3000)]).mean(0)
+    assert mass.sum().item() == pytest.approx(1, abs=0.03)
     counts = torch.bincount(flow.sample(100000).long().flatten(), minlength=5) / 100000
     torch.testing.assert_close(counts, mass, rtol=0.1, atol=0.01)
 

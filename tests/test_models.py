@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import pyflowgen
-from pyflowgen.flow import Flow
+from pyflowgen.bijection import Chain
+from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import ActNorm, Scale
 from pyflowgen.models import NICE, RealNVP
+from pyflowgen.ops.affine_coupling import AffineCoupling
 
 MODELS = {
     "nice": lambda: NICE(6, hidden=(8, 8), activation="tanh"),
@@ -214,8 +216,13 @@ def test_realnvp_starts_normalised_after_logit_and_integers_go_through():
 def test_multi_scale_structure_is_the_papers():
     model = RealNVP((3, 8, 8), channels=4, blocks=0, scales=3)
     (scales,) = model.bijection
-    masks = [[b.mask_name for b in stage if isinstance(b, pyflowgen.AffineCoupling)] for stage in scales.stages]
-    assert masks == [["checkerboard"] * 3 + ["channel"] * 3] * 2 + [["checkerboard"] * 4]
+    couplings = [[b.conditioner for b in stage if isinstance(b, AffineCoupling)] for stage in scales.stages]
+    # a checkerboard's conditioner sees every channel, a channel-wise coupling's half of them
+    assert [[(net.in_channels, net.out_channels) for net in nets] for nets in couplings] == [
+        [(3, 6)] * 3 + [(6, 12)] * 3,
+        [(6, 12)] * 3 + [(12, 24)] * 3,
+        [(12, 24)] * 4,
+    ]
     assert [s.output_shape(e) for s, e in zip(scales.stages, [(3, 8, 8), (6, 4, 4), (12, 2, 2)], strict=True)] == [
         (12, 4, 4),
         (24, 2, 2),
@@ -227,6 +234,7 @@ def test_conditional_images():
     torch.manual_seed(0)
     model = RealNVP((1, 4, 4), channels=4, blocks=1, context_features=3)
     context = torch.randn(5, 3)
+    model(torch.randn(64, 5, 1, 4, 4), context)
     x, logp = model.sample_and_log_prob((2,), context)
     assert x.shape == (2, 5, 1, 4, 4)
     torch.testing.assert_close(logp, model.log_prob(x, context).detach(), rtol=1e-4, atol=1e-3)
@@ -234,11 +242,8 @@ def test_conditional_images():
 
 
 def test_any_module_is_a_conditioner():
-    from pyflowgen.bijection import Chain
-    from pyflowgen.flow import DiagNormal
-
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4))
-    flow = Flow(DiagNormal(4), Chain(pyflowgen.AffineCoupling(net, mask="halves")))
+    flow = Flow(DiagNormal(4), Chain(AffineCoupling(net, mask="halves")))
     x, logp = flow.sample_and_log_prob(6)
     torch.testing.assert_close(flow.log_prob(x).detach(), logp)
 

@@ -10,7 +10,7 @@ from pyflowgen.bijection import Bijection, Chain
 from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Squeeze
 from pyflowgen.nets import MLP, ConvResNet
-from pyflowgen.ops.affine_coupling import AffineCoupling
+from pyflowgen.ops.affine_coupling import AffineCoupling, Mask
 from pyflowgen.ops.affine_coupling import Scale as ScaleMap
 
 
@@ -86,7 +86,7 @@ class RealNVP(Flow):
         if alpha is not None:
             layers.append(Logit(alpha, event_dim=n))
 
-        def step(c: int, mask: str, swap: bool) -> list[Bijection]:
+        def step(c: int, mask: Mask, swap: bool) -> list[Bijection]:
             """ActNorm and coupling on `c` channels; the transformed part and what is conditioned on by `mask`."""
             net: MLP | ConvResNet
             n_in, n_out = c, c  # a checkerboard keeps the shape of both parts
