@@ -15,15 +15,14 @@ bytes an element in float32 all stay under the roofline's ridge (20 operations a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from pyflowgen.kernels import tile
 from pyflowgen.kernels.elementary import atan, divide, exp, log1p_unit, log_normal, reciprocal, softplus, tanh
+from torch import Tensor
 
 # The operator's `scale` and `layout` codes: csrc/formula/affine_scale.h, csrc/affine_coupling_call.h.
 ADDITIVE = tl.constexpr(0)
@@ -36,14 +35,14 @@ SOFTPLUS = tl.constexpr(7)
 SEPARATE, HALVES, INTERLEAVED, PAIRS = range(4)
 
 # A tensor as (batch, channels, inner), or none.
-View = tuple[Optional[Tensor], tile.Strides]
+View = tuple[Tensor | None, tile.Strides]
 NONE: View = (None, (0, 0, 0))
 
 
 @triton.jit
 def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr):
     """What x is multiplied by (a, or 1/a for the inverse), log a and its derivative; csrc/formula/affine_coupling.h."""
-    if SCALE == SIGMOID or SCALE == SIGMOID_EPS:
+    if SCALE == SIGMOID or SCALE == SIGMOID_EPS:  # noqa: SIM109
         u = s + 2.0
         e = exp(-tl.abs(u))  # in (0, 1]: neither overflows for any u
         small = tl.where(u < 0, e, 1.0)
@@ -61,7 +60,7 @@ def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constex
     elif SCALE == SOFTPLUS:
         a = softplus(s) + 1e-3
         factor = reciprocal(a) if INVERSE else a
-        l = log_normal(a)
+        log_a = log_normal(a)
         e = exp(-tl.abs(s))
         derivative = divide(divide(tl.where(s < 0, e, 1.0), 1.0 + e), a)
     else:
@@ -70,8 +69,9 @@ def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constex
             log_a = CLAMP * th
             derivative = 1.0 - th * th
         elif SCALE == SOFTCLIP:
-            d = reciprocal(1.0 + tl.abs(divide(s, CLAMP)))
-            log_a = s * d
+            q = 1.0 + tl.abs(divide(s, CLAMP))
+            d = reciprocal(q)
+            log_a = divide(s, q)
             derivative = d * d
         elif SCALE == ATAN:
             log_a = (CLAMP * 0.636) * atan(s)
@@ -305,13 +305,13 @@ class _Call:
     def launch(
         self, kernel: Any, t: tile.Tiles, views: Sequence[View], per_channel: Sequence[int], *extra: View
     ) -> None:
-        """Run `kernel` on `views`, in the order of its arguments; per_channel: which of them the parameters' count has."""
+        """Run `kernel` on `views`, in its argument order; per_channel: those with `count` channels."""
         batch, channels, inner, start, step, count = self.sizes
         strides = [s for _, s in views]
         channels_of = [count if n in per_channel else channels for n in range(len(views))]
         # Channels and inner as one dimension wherever every tensor allows it: no division in the kernel.
         if inner > 1 and step == 1 and all(
-            v is None or n == 1 or c == i * inner for (v, (_, c, i)), n in zip(views, channels_of)
+            v is None or n == 1 or c == i * inner for (v, (_, c, i)), n in zip(views, channels_of, strict=True)
         ):  # fmt: skip
             channels, start, count, inner = channels * inner, start * inner, count * inner, 1
             strides = [(b, i, 0) for b, _, i in strides]
@@ -328,7 +328,7 @@ class _Call:
 
 
 def affine_coupling(
-    x: Tensor, params: Tensor, log_scale: Optional[Tensor], mask: Optional[Tensor], layout: int, start: int, step: int,
+    x: Tensor, params: Tensor, log_scale: Tensor | None, mask: Tensor | None, layout: int, start: int, step: int,
     scale: int, clamp: float, shift_first: bool, inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)
@@ -345,8 +345,8 @@ def affine_coupling(
 
 
 def affine_coupling_backward(
-    dy: Optional[Tensor], dlogdet: Optional[Tensor], x: Tensor, params: Tensor, log_scale: Optional[Tensor],
-    mask: Optional[Tensor], layout: int, start: int, step: int, scale: int, clamp: float, shift_first: bool,
+    dy: Tensor | None, dlogdet: Tensor | None, x: Tensor, params: Tensor, log_scale: Tensor | None,
+    mask: Tensor | None, layout: int, start: int, step: int, scale: int, clamp: float, shift_first: bool,
     inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)

@@ -93,4 +93,4 @@ def strided(t: Tensor, batch_dims: int, dims: int) -> tuple[Tensor, Strides]:
 
 def wide(sizes: Strides, strides: Sequence[Strides]) -> bool:
     """Whether offsets need 64 bits. Idle lanes reach beyond the sizes: hence 2^30."""
-    return any(sum(n * max(abs(s), 1) for n, s in zip(sizes, tensor)) >= 2**30 for tensor in strides)
+    return any(sum(n * max(abs(s), 1) for n, s in zip(sizes, tensor, strict=True)) >= 2**30 for tensor in strides)
