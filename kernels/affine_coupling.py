@@ -124,7 +124,7 @@ def forward_kernel(
     dtype: tl.constexpr = logdet.dtype.element_ty
     row, col, end = block(sizes, WIDE, ROWS)
     total = tl.zeros([ROWS, COLS], dtype)
-    for first in range(col, end, COLS):
+    for first in tl.range(col, end, COLS, disable_licm=True):
         e = first + tl.arange(0, COLS)[None, :]
         inside = (row < sizes[0]) & (e < end)
         c, i, k, active = position(e, sizes, CHANNEL_FASTEST)
@@ -162,7 +162,7 @@ def backward_kernel(
     dl = tl.zeros([ROWS, 1], dtype)
     if dlogdet is not None:
         dl = tl.load(dlogdet + row * strides[8][0], mask=row < sizes[0], other=0.0)
-    for first in range(col, end, COLS):
+    for first in tl.range(col, end, COLS, disable_licm=True):
         e = first + tl.arange(0, COLS)[None, :]
         inside = (row < sizes[0]) & (e < end)
         c, i, k, part = position(e, sizes, CHANNEL_FASTEST)
