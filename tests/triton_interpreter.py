@@ -5,6 +5,7 @@ Needs a process of its own with TRITON_INTERPRET=1: tests/test_triton.py starts 
 """
 
 import itertools
+import math
 import os
 from types import SimpleNamespace
 
@@ -61,7 +62,7 @@ def launches(monkeypatch):
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.5) -> Tensor:
-    return torch.from_numpy(rng.standard_normal(shape) * scale).to(dtype)
+    return torch.tensor(rng.standard_normal(shape) * scale, dtype=dtype)
 
 
 def evaluate(function, tensors, weights, options, keep=(True, True)):
@@ -71,22 +72,21 @@ def evaluate(function, tensors, weights, options, keep=(True, True)):
     pairs = [(o, w.to(o.dtype)) for o, w, k in zip(outputs, weights, keep, strict=True) if k]
     pairs = [(o, w) for o, w in pairs if o.requires_grad]
     gradients = torch.autograd.grad([o for o, _ in pairs], leaves, [w for _, w in pairs], allow_unused=True)
-    return [
-        *(o.detach() for o in outputs),
-        *(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True)),
-    ]
+    gradients = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients, strict=True)]
+    return [*(o.detach() for o in outputs), *gradients]
 
 
 def compare(got, reference, truth, dtype):
-    """Error at most twice the reference's, and two roundings of the result; float64 has no better reference."""
+    """Error at most twice the reference's, and some roundings of numbers of the result's size."""
     for name, a, b, c in zip(("y", "logdet", "dx", "dparams", "dlog_scale"), got, reference, truth, strict=False):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         if a.numel() == 0:
             continue
         eps = torch.finfo(a.dtype).eps
-        allowed = 2 * (b.double() - c).abs().max() + 2 * eps * c.abs()
-        if dtype == torch.float64:
-            allowed += 32 * eps * c.abs().max()
+        roundings = 32 if dtype == torch.float64 else 1  # float64 has no better reference than itself
+        if name == "logdet":  # a sum of n numbers by halves rounds log2 n times
+            roundings += math.log2(got[0].numel() / a.numel())
+        allowed = 2 * (b.double() - c).abs().max() + eps * (2 * c.abs() + roundings * c.abs().max().clamp(min=1))
         error = (a.double() - c).abs()
         assert (error <= allowed).all(), f"{name}: {(error / (c.abs() + 1e-300)).max():.2e} relative error"
 
@@ -139,7 +139,8 @@ def test_layouts_parts_masks(launches, shape, event_dim, layout):
         cases += [
             {"part": (s, step)} for s, step in [(0, 1), (1, 1), (0, 2), (1, 2), (channels - 1, 1)] if s < channels
         ]
-    for case, (inverse, order) in itertools.product(cases, [(False, "scale_shift"), (True, "shift_scale")]):
+    directions = itertools.cycle([(False, "scale_shift"), (True, "shift_scale")])
+    for case, (inverse, order) in zip(cases * (1 + len(cases) % 2), directions, strict=False):
         part = list(shape)
         if "part" in case:
             start, step = case["part"]
@@ -233,29 +234,34 @@ EDGES = [0.0, -0.0, 1e-45, -1e-38, 1e-20, 3e-8, -1e-3, 0.5, -1.0, 2.0, -2.0, 20.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 def test_edges(launches, scale, dtype):
-    """Zeros, denormals, the ends of the range, inf, NaN: y, log-derivative and gradients element by element."""
-    s, x = (
-        t.flatten()
-        for t in torch.meshgrid(torch.tensor(EDGES, dtype=dtype), torch.tensor(EDGES, dtype=dtype), indexing="ij")
-    )
-    t = torch.zeros_like(x)
+    """Zeros, denormals, the ends of the range, inf, NaN: relative error element by element."""
+    edges = torch.tensor(EDGES, dtype=dtype)
+    s, x = (t.flatten() for t in torch.meshgrid(edges, edges, indexing="ij"))
+    inputs = (x, torch.zeros_like(x), s)
+    exact = [v.double() for v in inputs]
     w = (torch.ones_like(x), torch.ones_like(x))
+    eps, tiny, largest = (getattr(torch.finfo(dtype), name) for name in ("eps", "smallest_normal", "max"))
     for inverse in (False, True):
         options = dict(scale=scale, inverse=inverse, event_dim=0)
-        got = evaluate(pyflowgen.affine_coupling, (x, t, s), w, options)
-        reference = evaluate(pyflowgen.affine_coupling_reference, (x, t, s), w, options)
-        truth = evaluate(
-            pyflowgen.affine_coupling_reference, [v.double() for v in (x, t, s)], [v.double() for v in w], options
-        )
+        got = evaluate(pyflowgen.affine_coupling, inputs, w, options)
+        reference = evaluate(pyflowgen.affine_coupling_reference, inputs, w, options)
+        truth = evaluate(pyflowgen.affine_coupling_reference, exact, [v.double() for v in w], options)
         for name, a, b, c in zip(("y", "logdet", "dx", "dshift", "dlog_scale"), got, reference, truth, strict=True):
-            tiny, largest = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
-            finite = b.isfinite() & c.isfinite() & (c.abs() < largest)
-            relative = lambda v: ((v.double() - c).abs() / (c.abs() + tiny))[finite].max()  # noqa: B023, E731
-            assert relative(a) <= 2 * relative(b) + 4 * torch.finfo(dtype).eps, f"{name}: {relative(a)}, {relative(b)}"
-            if name in ("y", "logdet"):
-                sure = c.isnan() | c.isinf()
-                assert torch.equal(a[sure].isnan(), c[sure].isnan()), name
-                assert torch.equal(a[sure & c.isinf()].double(), c[sure & c.isinf()]), name
+            a, b = a.double(), b.double()
+            # dlog_scale = (dx x + 1) l'(s): the terms are the scale, and may not overflow.
+            size = c.abs() if name != "dlog_scale" else (truth[2] * exact[0]).abs() + 1
+            fair = b.isfinite() & c.isfinite() & (size < largest)
+            if name == "dlog_scale":
+                fair &= truth[0].isfinite() & (truth[0].abs() < largest)
+
+            def error(v, size=size, fair=fair, c=c):
+                return ((v - c).abs() / (size + tiny))[fair].max()
+
+            assert error(a) <= 2 * error(b) + 4 * eps, f"{name}: {error(a)}, the reference {error(b)}"
+            if name in ("y", "logdet"):  # between under- and overflow either answer will do
+                kinds = [torch.where(v.isfinite(), 0.0, v) for v in (a, b, c.to(dtype).double())]
+                same = [torch.isclose(kinds[0], k, equal_nan=True) for k in kinds[1:]]
+                assert (same[0] | same[1]).all(), name
 
 
 def test_masked_inf_stays_away(launches):
@@ -275,20 +281,20 @@ def test_same_every_time(launches):
 def test_operator(launches):
     """The fakes fit the launchers, nothing is changed or aliased; compiled code runs them."""
     x, params = randn(3, 4, 2, dtype=torch.float32).transpose(1, 2), randn(3, 2, 8, dtype=torch.float32)
-    options = (1, 0, 1, 2, 2.0, False, False, 1)
+    arguments = (x, params, None, None, 1, 0, 1, 2, 2.0, False, False, 1)
+    gradients = (torch.ones_like(x), torch.ones(3, 2))
     utils = ("test_schema", "test_faketensor")
-    torch.library.opcheck(
-        torch.ops.pyflowgen.affine_coupling.default, (x, params, None, None, *options), test_utils=utils
-    )
-    arguments = (torch.ones_like(x), torch.ones(3, 2), x, params, None, None, *options)
-    torch.library.opcheck(torch.ops.pyflowgen.affine_coupling_backward.default, arguments, test_utils=utils)
+    torch.library.opcheck(torch.ops.pyflowgen.affine_coupling.default, arguments, test_utils=utils)
+    backward = torch.ops.pyflowgen.affine_coupling_backward.default
+    torch.library.opcheck(backward, (*gradients, *arguments), test_utils=utils)
     assert {launch.kernel.__name__ for launch in launches} == {"forward_kernel", "backward_kernel"}
 
 
 @pytest.mark.parametrize("change, message", [
     ({"params": torch.zeros(3, 7)}, "shift"), ({"params": torch.zeros(2, 8)}, "shift"), ({"step": 2}, "reach beyond"),
-    ({"layout": 4}, "layout"), ({"layout": 0}, "log_scale"), ({"mask": torch.ones(4)}, "mask"), ({"event_dim": 3}, "event_dim"),
-    ({"params": torch.zeros(3, 8, dtype=torch.float64)}, "shift"), ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "x is"),
+    ({"params": torch.zeros(3, 8, dtype=torch.float64)}, "shift"), ({"mask": torch.ones(4)}, "mask"),
+    ({"layout": 4}, "layout"), ({"layout": 0}, "log_scale"), ({"event_dim": 3}, "event_dim"),
+    ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "x is"),
 ])  # fmt: skip
 def test_operator_rejects(launches, change, message):
     arguments = dict(
