@@ -41,8 +41,8 @@ class CMakeBuild(build_ext):
         nvcc = shutil.which("nvcc")
         cuda = MODE == "cuda" or (MODE == "auto" and nvcc is not None)
         print(f"pyflowgen: building CPU{' and CUDA' if cuda else ''} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
-        # In place: next to the sources. Else: the package folder of the wheel under construction.
-        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        # In place and editable: next to the sources. Else: the package folder of the wheel under construction.
+        target = ROOT / "pyflowgen" if self.editable_mode else Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         arguments = [
             "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
