@@ -39,7 +39,11 @@ class Sample:
         for t in self.tensors:
             base = t.detach().to(device)
             if t.is_floating_point():
-                base = torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=device).copy_(base) if _dense(t) else _same_view(t, dtype, device)
+                base = (
+                    torch.empty_strided(t.shape, t.stride(), dtype=dtype, device=device).copy_(base)
+                    if _dense(t)
+                    else _same_view(t, dtype, device)
+                )
                 base.requires_grad_(grad)
             tensors.append(base)
         options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
@@ -96,14 +100,18 @@ def run(function: Callable[..., Any], sample: Sample, grads: bool = True) -> tup
         if not grads:
             return [r.detach() for r in result], []
         generator = torch.Generator().manual_seed(7)
-        incoming = [torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype).to(r.device) for r in result]
+        incoming = [
+            torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.dtype).to(r.device) for r in result
+        ]
         inputs = [t for t in sample.tensors if t.requires_grad]
         pairs = [(r, g) for r, g in zip(result, incoming, strict=True) if r.requires_grad]
         got = torch.autograd.grad([r for r, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
     return [r.detach() for r in result], list(got)
 
 
-def assert_close(got: Tensor | None, truth: Tensor | None, plain: Tensor | None, exact: Tensor | None, what: str) -> None:
+def assert_close(
+    got: Tensor | None, truth: Tensor | None, plain: Tensor | None, exact: Tensor | None, what: str
+) -> None:
     """Error of `got` against `truth` at most twice that of `plain`, the reference's result, against `exact`.
 
     Both errors in units of their dtype's rounding: for 64 bits the reference is judged in 32.
@@ -129,7 +137,9 @@ def assert_close(got: Tensor | None, truth: Tensor | None, plain: Tensor | None,
     # Where the truth is in the tested dtype, it errs once more itself.
     times, roundings = (3, 2) if got.dtype == truth.dtype == torch.float64 else (2, 1)
     for kind, mine, its in zip(("largest", "median relative"), errors(got, truth), errors(plain, exact), strict=True):
-        assert mine <= times * its + roundings, f"{what}: {kind} error {mine:.3g}, the reference's {its:.3g} (in roundings)"
+        assert mine <= times * its + roundings, (
+            f"{what}: {kind} error {mine:.3g}, the reference's {its:.3g} (in roundings)"
+        )
 
 
 def op_tests(op: Op) -> dict[str, Callable[..., None]]:
@@ -144,14 +154,22 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
         mine = sample.to(dtype, device, grad=True)
         before = [t.detach().clone() for t in mine.tensors]
         got, got_grads = run(op.function, mine)
-        assert all(torch.equal(b, t.detach()) for b, t in zip(before, mine.tensors, strict=True)), "an input was changed"
+        assert all(torch.equal(b, t.detach()) for b, t in zip(before, mine.tensors, strict=True)), (
+            "an input was changed"
+        )
         # The float64 reference is the truth, so its own error in float64 is taken to be its error in float32, scaled.
         judged = torch.float32 if dtype == torch.float64 else dtype
         plain, plain_grads = run(op.reference, sample.to(judged, device, grad=True))
-        rounded = Sample(name, tuple(t.detach().double().requires_grad_() if t.is_floating_point() else t for t in mine.tensors), mine.options)
+        rounded = Sample(
+            name,
+            tuple(t.detach().double().requires_grad_() if t.is_floating_point() else t for t in mine.tensors),
+            mine.options,
+        )
         truth, truth_grads = run(op.reference, rounded)
         if dtype == torch.float64:
-            exact, exact_grads = run(op.reference, sample.to(torch.float32, device, grad=True).to(torch.float64, grad=True))
+            exact, exact_grads = run(
+                op.reference, sample.to(torch.float32, device, grad=True).to(torch.float64, grad=True)
+            )
         else:
             exact, exact_grads = truth, truth_grads
         for i in range(len(truth)):
@@ -193,7 +211,9 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
         got, want = outputs(program.module()(*sample.tensors)), outputs(op.function(*sample.tensors, **sample.options))
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
-        assert any("pyflowgen" in str(node.target) for node in program.graph.nodes), "the kernel is not in the exported graph"
+        assert any("pyflowgen" in str(node.target) for node in program.graph.nodes), (
+            "the kernel is not in the exported graph"
+        )
 
     def test_kernel_runs(device: torch.device) -> None:
         """The usual path is the kernel, not the reference."""
@@ -203,7 +223,10 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
             run(op.function, sample)
         seen = {event.key for event in profile.key_averages()}
         assert {f"pyflowgen::{op.name}", f"pyflowgen::{op.name}_backward"} <= seen
-        with pyflowgen.reference_path(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with (
+            pyflowgen.reference_path(),
+            torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        ):
             run(op.function, sample)
         assert not any(event.key.startswith("pyflowgen::") for event in profile.key_averages())
 
@@ -255,7 +278,9 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
             pytest.skip("the copies are the CPU's, and this is one of them already")
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
         script = "import pyflowgen; print(pyflowgen.build_info()['instruction_set'])"
-        chosen = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        chosen = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
         assert chosen == ("baseline" if capability == "default" else "avx2")
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"{os.path.dirname(__file__)}/test_{op.name}.py", "-k", "values or threads"],

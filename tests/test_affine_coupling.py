@@ -47,23 +47,48 @@ def samples() -> list[Sample]:
     for layout in ("halves", "interleaved"):
         image, params = normal(3, 6, 4, 4), normal(3, 12, 4, 4)
         add(f"image-{layout}", image, params, layout=layout, event_dim=3)
-        add(f"channels-last-{layout}", *(t.contiguous(memory_format=torch.channels_last) for t in (image, params)), layout=layout, event_dim=3)
-        add(f"mixed-formats-{layout}", image, params.contiguous(memory_format=torch.channels_last), layout=layout, event_dim=3)
+        add(
+            f"channels-last-{layout}",
+            *(t.contiguous(memory_format=torch.channels_last) for t in (image, params)),
+            layout=layout,
+            event_dim=3,
+        )
+        add(
+            f"mixed-formats-{layout}",
+            image,
+            params.contiguous(memory_format=torch.channels_last),
+            layout=layout,
+            event_dim=3,
+        )
     checkerboard = (torch.arange(6)[:, None] + torch.arange(5)) % 2 == 1
     add("checkerboard", normal(3, 2, 6, 5), normal(3, 4, 6, 5), layout="halves", event_dim=3, mask=checkerboard)
-    add("channel-mask", normal(3, 4, 6, 5), normal(3, 8, 6, 5), layout="interleaved", event_dim=3, mask=(torch.arange(4) % 2 == 0)[:, None, None])
+    add(
+        "channel-mask",
+        normal(3, 4, 6, 5),
+        normal(3, 8, 6, 5),
+        layout="interleaved",
+        event_dim=3,
+        mask=(torch.arange(4) % 2 == 0)[:, None, None],
+    )
     add("vector-mask", normal(3, 33), normal(3, 66), layout="halves", mask=torch.arange(33) % 3 == 0)
     # Strides: slices, transposes, expanded parameters, a batch that is no single stride, several batch dimensions.
     add("half-of-channels", normal(3, 8, 4, 4)[:, 4:], normal(3, 8, 4, 4), layout="halves", event_dim=3)
     add("every-second", normal(4, 66)[:, ::2], normal(4, 66), layout="halves")
     add("every-third", normal(4, 66)[:, ::3], normal(4, 66)[:, ::3], normal(4, 66, seed=2)[:, 1::3])
     add("transposed", normal(21, 9).t(), normal(42, 9).t(), layout="halves")
-    add("two-dimensional-event-transposed", normal(4, 5, 6).transpose(1, 2), normal(4, 6, 5), normal(4, 6, 5, seed=1), event_dim=2)
+    add(
+        "two-dimensional-event-transposed",
+        normal(4, 5, 6).transpose(1, 2),
+        normal(4, 6, 5),
+        normal(4, 6, 5, seed=1),
+        event_dim=2,
+    )
     add("batch-of-no-one-stride", normal(4, 5, 6).transpose(0, 1), normal(5, 4, 12), layout="halves")
     add("expanded-parameters", normal(7, 18), normal(18).expand(7, 18), normal(18, seed=1).expand(7, 18))
     add("many-batch-dimensions", normal(2, 3, 2, 2, 9), normal(2, 3, 2, 2, 18), layout="halves")
     add("no-batch", normal(9), normal(18), layout="halves")
-    add("long-rows", normal(1, 2, 256, 150), normal(1, 4, 256, 150), layout="halves", event_dim=3)
+    # Positive log-scales: of one sum that cancels, the reference's own error is a matter of luck.
+    add("long-rows", normal(1, 2, 256, 150), normal(1, 4, 256, 150).abs(), layout="halves", event_dim=3)
     add("long-rows-part", normal(2, 4, 256, 140), normal(2, 4, 256, 140), layout="halves", event_dim=3, part=(1, 2))
     add("long-interleaved-vector", normal(2, 140001), normal(2, 140000), layout="interleaved", part=(1, 2))
     for batch, features in ((0, 6), (1, 1), (1, 2), (5, 0), (123, 1), (5, 123)):
@@ -73,13 +98,21 @@ def samples() -> list[Sample]:
 
 def small() -> list[Sample]:
     result = [
-        Sample(f"{scale}-{order}-{inverse}", (normal(3, 5), normal(3, 5), normal(3, 5, seed=1)), dict(scale=scale, order=order, inverse=inverse))
+        Sample(
+            f"{scale}-{order}-{inverse}",
+            (normal(3, 5), normal(3, 5), normal(3, 5, seed=1)),
+            dict(scale=scale, order=order, inverse=inverse),
+        )
         for scale, order, inverse in itertools.product(SCALES, ("scale_shift", "shift_scale"), (False, True))
     ]
     result.append(Sample("additive", (normal(3, 5), normal(3, 5)), {}))
     result.append(Sample("additive-part", (normal(3, 5), normal(3, 2)), dict(part=(3, 1), inverse=True)))
     result.append(Sample("part", (normal(3, 5), normal(3, 4)), dict(layout="halves", part=(1, 2))))
-    result.append(Sample("mask", (normal(2, 2, 3, 3), normal(2, 4, 3, 3)), dict(layout="halves", event_dim=3, mask=torch.eye(3) > 0)))
+    result.append(
+        Sample(
+            "mask", (normal(2, 2, 3, 3), normal(2, 4, 3, 3)), dict(layout="halves", event_dim=3, mask=torch.eye(3) > 0)
+        )
+    )
     return result
 
 
@@ -122,7 +155,9 @@ globals().update(
             samples=samples,
             small=small,
             operator=operator,
-            resize=lambda batch: Sample("resize", (normal(batch, 6), normal(batch, 6)), dict(layout="halves", part=(3, 1), scale="tanh")),
+            resize=lambda batch: Sample(
+                "resize", (normal(batch, 6), normal(batch, 6)), dict(layout="halves", part=(3, 1), scale="tanh")
+            ),
             bad=BAD,
         )
     )
@@ -134,19 +169,42 @@ globals().update(
 def test_edges(scale: str, dtype: torch.dtype) -> None:
     """Signed zeros, infinities, NaN, denormals and huge values come out as from the reference in float64."""
     edges = torch.tensor(
-        [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-40, -1e-40, 1e-6, -1e-6, 1.0, -30.0, 30.0, 88.0, -88.0, 1e4, -1e4, 1e30], dtype=dtype
+        [
+            0.0,
+            -0.0,
+            math.inf,
+            -math.inf,
+            math.nan,
+            1e-40,
+            -1e-40,
+            1e-6,
+            -1e-6,
+            1.0,
+            -30.0,
+            30.0,
+            88.0,
+            -88.0,
+            1e4,
+            -1e4,
+            1e30,
+        ],
+        dtype=dtype,
     )
     x, s = (t.flatten() for t in torch.meshgrid(edges, edges, indexing="ij"))
     t = torch.zeros_like(x)
     y, l = affine_coupling(x, t, s, scale=scale, event_dim=0)  # noqa: E741
-    want_y, want_l = (r.to(dtype) for r in affine_coupling_reference(x.double(), t.double(), s.double(), scale=scale, event_dim=0))
+    want_y, want_l = (
+        r.to(dtype) for r in affine_coupling_reference(x.double(), t.double(), s.double(), scale=scale, event_dim=0)
+    )
     if scale == "softclip":  # inf / inf is NaN in the definition too; the limit is not asked for
         keep = torch.isfinite(s)
         y, l, want_y, want_l = y[keep], l[keep], want_y[keep], want_l[keep]  # noqa: E741
     # log(a + 1e-3) near a = 1 is as good as the rounding of its argument.
     atol = torch.finfo(dtype).eps if scale in ("sigmoid_eps", "softplus") else 0
     torch.testing.assert_close(l, want_l, equal_nan=True, rtol=4e-6 if dtype == torch.float32 else 1e-13, atol=atol)
-    torch.testing.assert_close(y, want_y, equal_nan=True, rtol=2e-5 if dtype == torch.float32 else 1e-12, atol=torch.finfo(dtype).tiny)
+    torch.testing.assert_close(
+        y, want_y, equal_nan=True, rtol=2e-5 if dtype == torch.float32 else 1e-12, atol=torch.finfo(dtype).tiny
+    )
 
 
 def test_small_log_scales_keep_relative_accuracy() -> None:
@@ -154,7 +212,9 @@ def test_small_log_scales_keep_relative_accuracy() -> None:
     s = torch.tensor([1e-6, -1e-6, 1e-20, -3e-38])
     for scale in ("tanh", "atan", "softclip"):
         _, l = affine_coupling(torch.ones(4), torch.zeros(4), s, scale=scale, event_dim=0)  # noqa: E741
-        _, want = affine_coupling_reference(torch.ones(4).double(), torch.zeros(4).double(), s.double(), scale=scale, event_dim=0)
+        _, want = affine_coupling_reference(
+            torch.ones(4).double(), torch.zeros(4).double(), s.double(), scale=scale, event_dim=0
+        )
         torch.testing.assert_close(l.double(), want, rtol=1e-6, atol=0)
 
 
@@ -164,7 +224,9 @@ def test_logdet_is_that_of_the_jacobian(scale: str, order: str) -> None:
     x, params = normal(6), normal(6)
     options = dict(layout="halves", part=(3, 1), scale=scale, order=order)
     for inverse in (False, True):
-        jacobian = torch.autograd.functional.jacobian(lambda x, inverse=inverse: affine_coupling(x, params, inverse=inverse, **options)[0], x)
+        jacobian = torch.autograd.functional.jacobian(
+            lambda x, inverse=inverse: affine_coupling(x, params, inverse=inverse, **options)[0], x
+        )
         _, logdet = affine_coupling(x, params, inverse=inverse, **options)
         torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet)
     y, logdet = affine_coupling(x, params, **options)
@@ -205,9 +267,15 @@ def test_only_one_output_used() -> None:
         grads = []
         for call in (affine_coupling, affine_coupling_reference):
             x, params = normal(4, 6).requires_grad_(), normal(4, 12).requires_grad_()
-            grads.append(torch.autograd.grad(call(x, params, layout="halves", scale="tanh")[index].sum(), (x, params), allow_unused=True))
+            grads.append(
+                torch.autograd.grad(
+                    call(x, params, layout="halves", scale="tanh")[index].sum(), (x, params), allow_unused=True
+                )
+            )
         for got, want in zip(*grads, strict=True):
-            torch.testing.assert_close(got if got is not None else torch.zeros(()), want if want is not None else torch.zeros_like(got))
+            torch.testing.assert_close(
+                got if got is not None else torch.zeros(()), want if want is not None else torch.zeros_like(got)
+            )
 
 
 def test_peak_memory_is_inputs_outputs_and_gradients() -> None:
@@ -241,12 +309,14 @@ class Constant(torch.nn.Module):
 def test_equals_nflows() -> None:
     coupling = pytest.importorskip("nflows.transforms.coupling")
     x, params = normal(5, 8), normal(5, 8)
-    peer = coupling.AffineCouplingTransform(torch.arange(8) % 2, lambda i, o: (lambda z, context=None: params))
+    peer = coupling.AffineCouplingTransform(torch.arange(8) % 2, lambda i, o: lambda z, context=None: params)
     for inverse in (False, True):
         want = (peer.inverse if inverse else peer.forward)(x)
         got = affine_coupling(x, params, layout="halves", part=(1, 2), scale="sigmoid_eps", inverse=inverse)
         _assert_all(got, want, shift_last=True)
-    additive = coupling.AdditiveCouplingTransform(torch.arange(8) % 2, lambda i, o: (lambda z, context=None: params[:, :4]))
+    additive = coupling.AdditiveCouplingTransform(
+        torch.arange(8) % 2, lambda i, o: lambda z, context=None: params[:, :4]
+    )
     _assert_all(affine_coupling(x, params[:, :4], part=(1, 2)), additive.forward(x))
 
 
@@ -260,7 +330,9 @@ def test_equals_normflows(shape: tuple[int, ...], scale_map: str, scale: str) ->
     (_, y), logdet = layer.forward([z1, z2])
     if scale_map == "sigmoid":  # divides by the sigmoid on the way to the data: the inverse of shift-then-scale
         shift, s = params[:, 0::2], params[:, 1::2]
-        got_y, got_logdet = affine_coupling(z2, -shift, s, order="shift_scale", inverse=True, scale=scale, event_dim=len(shape) - 1)
+        got_y, got_logdet = affine_coupling(
+            z2, -shift, s, order="shift_scale", inverse=True, scale=scale, event_dim=len(shape) - 1
+        )
         torch.testing.assert_close(got_y, z2 / torch.sigmoid(s + 2) + shift)
         torch.testing.assert_close((got_y, got_logdet), (y, logdet))
     else:
@@ -281,7 +353,9 @@ def test_equals_zuko() -> None:
 def test_equals_freia(activation: str, scale: str) -> None:
     layers = pytest.importorskip("FrEIA.modules")
     x, params = normal(5, 8), normal(5, 8)
-    peer = layers.GLOWCouplingBlock([(8,)], subnet_constructor=lambda i, o: torch.nn.Linear(i, o), clamp=1.5, clamp_activation=activation).double()
+    peer = layers.GLOWCouplingBlock(
+        [(8,)], subnet_constructor=lambda i, o: torch.nn.Linear(i, o), clamp=1.5, clamp_activation=activation
+    ).double()
     s, t = params.chunk(2, 1)
     peer.subnet1 = peer.subnet2 = Constant(params)
     y, logdet = peer._coupling1(x[:, :4], x[:, 4:])
@@ -334,7 +408,9 @@ def test_layer(mask: str, swap: bool) -> None:
         back, minus = layer.inverse(y)
         torch.testing.assert_close(back, x)
         torch.testing.assert_close(minus, -logdet)
-        jacobian = torch.stack([torch.autograd.functional.jacobian(lambda z, layer=layer: layer(z[None])[0][0], row) for row in x])
+        jacobian = torch.stack(
+            [torch.autograd.functional.jacobian(lambda z, layer=layer: layer(z[None])[0][0], row) for row in x]
+        )
         torch.testing.assert_close(torch.linalg.slogdet(jacobian).logabsdet, logdet)
         changed = (y != x).all(0)
         expected = {
@@ -350,7 +426,9 @@ def test_layer(mask: str, swap: bool) -> None:
 @pytest.mark.parametrize("swap", [False, True])
 def test_checkerboard_layer(swap: bool) -> None:
     torch.manual_seed(0)
-    layer = pyflowgen.AffineCoupling(torch.nn.Conv2d(2, 4, 3, padding=1).double(), mask="checkerboard", swap=swap, event_dim=3)
+    layer = pyflowgen.AffineCoupling(
+        torch.nn.Conv2d(2, 4, 3, padding=1).double(), mask="checkerboard", swap=swap, event_dim=3
+    )
     for size in (4, 5):  # the mask follows the size
         x = normal(3, 2, size, size)
         y, logdet = layer(x)
@@ -358,7 +436,9 @@ def test_checkerboard_layer(swap: bool) -> None:
         assert torch.equal((y != x).all(0).all(0), odd != swap)
         torch.testing.assert_close(layer.inverse(y)[0], x)
         flat = lambda z, size=size: layer(z.view(1, 2, size, size))[0].flatten()  # noqa: E731
-        torch.testing.assert_close(torch.linalg.slogdet(torch.autograd.functional.jacobian(flat, x[0].flatten())).logabsdet, logdet[0])
+        torch.testing.assert_close(
+            torch.linalg.slogdet(torch.autograd.functional.jacobian(flat, x[0].flatten())).logabsdet, logdet[0]
+        )
 
 
 def test_layer_takes_context_and_names_what_is_wrong() -> None:

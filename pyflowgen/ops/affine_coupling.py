@@ -52,9 +52,8 @@ def _unpack(params: Tensor, log_scale: Tensor | None, layout: int, event_dim: in
     if layout == 1:
         shift, log_scale = params.chunk(2, dim=-event_dim)
     elif layout == 2:
-        index: tuple[slice, ...] = (slice(None),) * (event_dim - 1)
-        shift = params[(..., slice(0, None, 2), *index)]
-        log_scale = params[(..., slice(1, None, 2), *index)]
+        before = (slice(None),) * (params.dim() - event_dim)
+        shift, log_scale = params[(*before, slice(0, None, 2))], params[(*before, slice(1, None, 2))]
     elif layout == 3:
         shift, log_scale = params.unbind(-1)
     else:
@@ -200,7 +199,7 @@ def affine_coupling(
     if not _native.use_kernel("affine_coupling", x):
         return _reference(*args)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad or (s is not None and s.requires_grad)):
-        y, logdet = _AffineCoupling.apply(*args)
+        y, logdet = _AffineCoupling.apply(*args)  # type: ignore[no-untyped-call]
         return y, logdet
     y, logdet = torch.ops.pyflowgen.affine_coupling(*args)
     return y, logdet
@@ -322,14 +321,14 @@ def _arguments(
 
 class _AffineCoupling(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, params, log_scale, mask)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return torch.ops.pyflowgen.affine_coupling(x, params, log_scale, mask, *options)
 
     @staticmethod
-    def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def]
         x, params, log_scale, mask = ctx.saved_tensors
         blanks = (None,) * (1 + len(ctx.options))
         layout, start, step, scale, _, _, inverse, event_dim = ctx.options
@@ -343,9 +342,9 @@ class _AffineCoupling(torch.autograd.Function):
                 dshift = dshift[(slice(None),) * dim + (slice(start, end, step),)]
             return dy, dshift, None, *blanks
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-            inputs = [t for t, need in zip((x, params, log_scale), ctx.needs_input_grad) if need]
+            inputs = [t for t, need in zip((x, params, log_scale), ctx.needs_input_grad[:3], strict=True) if need]
             outputs = _reference(x, params, log_scale, mask, *ctx.options)
-            pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet)) if g is not None and o.requires_grad]
+            pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet), strict=True) if g is not None and o.requires_grad]
             grads = iter(
                 torch.autograd.grad(
                     [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
@@ -388,6 +387,7 @@ class _Coupling(Bijection):
             raise ValueError(f"{name}: mask 'checkerboard' needs images, event_dim at least 2, got {event_dim}")
         self.conditioner, self.swap, self.event_dim = conditioner, swap, event_dim
         self.mask = "tensor" if isinstance(mask, Tensor) else mask
+        self.transformed: Tensor
         transformed = mask.logical_xor(torch.tensor(swap)) if isinstance(mask, Tensor) else torch.empty(0)
         self.register_buffer("transformed", transformed, persistent=isinstance(mask, Tensor))
 
@@ -397,7 +397,9 @@ class _Coupling(Bijection):
         """(conditioner's output, part, mask): what it is given is the part that stays as it is."""
         dim = x.dim() - self.event_dim
         if dim < 0:
-            raise ValueError(f"{type(self).__name__}: x has shape {tuple(x.shape)}, expected {self.event_dim} event dims")
+            raise ValueError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)}, expected {self.event_dim} event dims"
+            )
         channels = x.shape[dim]
         part, mask = None, None
         if self.mask in ("checkerboard", "tensor"):
