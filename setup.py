@@ -42,14 +42,14 @@ class CMakeBuild(build_ext):
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             sys.exit(
-                f"pyflowgen: no C++ compiler ({compiler}) found. Install g++ >= 11, or install the pure-Python package, "
+                f"pyflowgen: no C++ compiler ({compiler}) found. Install g++ >= 11, or the pure-Python package, "
                 "which runs plain PyTorch: PYFLOWGEN_BUILD=none pip install ."
             )
         nvcc = shutil.which("nvcc")
         cuda = MODE == "cuda" or (MODE == "auto" and nvcc is not None)
         kinds = "CPU and CUDA" if cuda else "CPU"
         print(f"pyflowgen: building {kinds} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
-        # In place (editable installs too): next to the sources. Else: the package folder of the wheel under construction.
+        # In place (editable installs too): next to the sources. Else: in the wheel under construction.
         target = ROOT / "pyflowgen" if self.in_source else Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         arguments = [

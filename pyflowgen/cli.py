@@ -41,6 +41,18 @@ def _end(message: str, code: int) -> NoReturn:
 class _Commands(click.Group):
     """Turns the library's errors into one line and an exit code; anything else is a bug and keeps its traceback."""
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), "bench"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name != "bench":
+            return super().get_command(ctx, cmd_name)
+        try:  # only here: the contests need plots and peers that the library does not
+            from pyflowgen.benchmarks.run import bench
+        except ImportError as error:
+            raise RunError(f"bench needs {error.name}: pip install 'pyflowgen[bench]'") from None
+        return bench
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)

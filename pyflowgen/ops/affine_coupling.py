@@ -25,6 +25,7 @@ _SCALES = ("additive", "exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "ata
 _LAYOUTS = (None, "halves", "interleaved", "pairs")
 _DEFAULT_CLAMP = {"tanh": 2.0, "atan": 2.0, "softclip": -math.log(1e-3)}
 _ORDERS = ("scale_shift", "shift_scale")
+_MASKS = ("halves", "channel", "interleaved", "checkerboard")
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -379,10 +380,8 @@ class _Coupling(Bijection):
                     f"{name}: mask is {mask.dtype} of shape {tuple(mask.shape)}, "
                     f"expected bool of at most event_dim={event_dim} dimensions"
                 )
-        elif mask not in ("halves", "channel", "interleaved", "checkerboard"):
-            raise ValueError(
-                f"{name}: mask is {mask!r}, expected 'halves', 'channel', 'interleaved', 'checkerboard' or a bool tensor"
-            )
+        elif mask not in _MASKS:
+            raise ValueError(f"{name}: mask is {mask!r}, expected one of {_MASKS} or a bool tensor")
         elif mask == "checkerboard" and event_dim < 2:
             raise ValueError(f"{name}: mask 'checkerboard' needs images, event_dim at least 2, got {event_dim}")
         self.conditioner, self.swap, self.event_dim = conditioner, swap, event_dim
