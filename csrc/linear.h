@@ -47,6 +47,8 @@ PYFLOWGEN_PER_ISA(
   // Elements of the packed weight [panels][in][panel width] and the task of packing one panel.
   template <class T> int64_t linear_packed_size(int64_t in, int64_t out);
   template <class T> int64_t linear_pack_tasks(int64_t out);
+  // Whether 16 elements spread over the weight are in `packed` as they are in `weight`: a pack of old values is not.
+  template <class T> bool linear_pack_matches(int64_t in, int64_t out, const T* weight, const T* packed);
   template <class T> void linear_pack(int64_t in, int64_t out, const T* weight, T* packed, int64_t begin, int64_t end);
 
   template <class T> int64_t linear_tasks(const LinearForward<T>&);

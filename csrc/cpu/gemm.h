@@ -31,6 +31,12 @@ template <class T>
 void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
                bool accumulate, T* tile);
 
+// The same for at most narrow_columns columns and row-major A: vectors run along k, not along the nearly empty panel.
+inline constexpr int narrow_columns = 4;
+template <class T>
+void gemm_narrow_tile(int64_t rows, int columns, int64_t depth, const T* a, int64_t a_row, const T* b, bool accumulate,
+                      T* tile);
+
 // panel[depth][tile_columns] = B(k,n) for n < columns, 0 for the others; B(k,n) = b[k * b_depth + n * b_column],
 // where one of the strides is 1.
 template <class T>
@@ -73,6 +79,7 @@ template <class T>
 inline GemmPlan gemm_plan(int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
   const int64_t panels = gemm_panels<T>(columns), tiles = ceil_div(rows, tile_rows<T>);
   GemmPlan plan{rows, columns, depth, ceil_div(rows, chunk_rows<T>), ceil_div(panels, group_panels)};
+  if (plan.tasks() == 0) return plan;
   const int64_t wanted = threads > 1 ? 4 * threads : 1;
   if (plan.tasks() < wanted) plan.groups = std::min(panels, ceil_div(wanted, plan.chunks));
   if (plan.tasks() < wanted) plan.chunks = std::min(tiles, ceil_div(wanted, plan.groups));
@@ -120,6 +127,10 @@ void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, cons
       if (copies) block_a = copy;
       for (int64_t panel = from; panel < to; ++panel) {
         const T* block_b = b.block(panel, k, used(panel), part, buffer);
+        if (used(panel) <= narrow_columns && a_depth == 1 && plan.depth >= lanes<T>) {
+          gemm_narrow_tile<T>(height, used(panel), part, block_a, row, block_b, k > 0, tiles[panel - from][0]);
+          continue;
+        }
         for (int64_t t = 0; t < steps; ++t) {
           const int64_t m = part_start(height, steps, t), n = part_start(height, steps, t + 1) - m;
           gemm_tile<T>(int(n), used(panel), part, block_a + m * row, row, step, block_b, k > 0,

@@ -71,6 +71,50 @@ void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, 
 }
 
 template <class T>
+void gemm_narrow_tile(int64_t rows, int columns, int64_t depth, const T* a, int64_t a_row, const T* b, bool accumulate,
+                      T* tile) {
+  constexpr int width = tile_columns<T>, side = lanes<T>, together = std::max(1, side / narrow_columns);
+  constexpr int sums = together * narrow_columns;
+  static_assert(sums % side == 0);
+  alignas(64) T columns_of_b[narrow_columns][depth_block];
+  const int64_t padded = ceil_div(depth, side) * side;
+  for (int n = 0; n < narrow_columns; ++n)
+    for (int64_t k = 0; k < padded; ++k) columns_of_b[n][k] = n < columns && k < depth ? b[k * width + n] : T(0);
+  for (int64_t m = 0; m < rows; m += together) {
+    const int64_t last = rows - 1 - m;  // rows past the end repeat it
+    Pack<T> sum[sums] = {};
+    for (int64_t k = 0; k < depth; k += side) {
+      const int count = int(std::min<int64_t>(side, depth - k));
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) {
+        const Pack<T> am = load_first<T>(a + (m + std::min<int64_t>(r, last)) * a_row + k, count);
+#pragma GCC unroll 4
+        for (int n = 0; n < narrow_columns; ++n)
+          sum[r * narrow_columns + n] = fma(am, load<T>(columns_of_b[n] + k), sum[r * narrow_columns + n]);
+      }
+    }
+    T total[sums];
+#pragma GCC unroll 4
+    for (int i = 0; i < sums; i += side) {
+      Pack<T> v[side];
+#pragma GCC unroll 16
+      for (int j = 0; j < side; ++j) v[j] = sum[i + j];
+      transpose<T>(v);
+#pragma GCC unroll 4
+      for (int step = side / 2; step; step /= 2)
+#pragma GCC unroll 8
+        for (int j = 0; j < step; ++j) v[j] += v[j + step];
+      store<T>(total + i, v[0]);
+    }
+    for (int r = 0; r < together && r <= last; ++r)
+      for (int n = 0; n < columns; ++n) {
+        T& out = tile[(m + r) * width + n];
+        out = accumulate ? out + total[r * narrow_columns + n] : total[r * narrow_columns + n];
+      }
+  }
+}
+
+template <class T>
 void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t b_column, T* panel) {
   constexpr int width = tile_columns<T>, side = lanes<T>;
   if (b_column == 1) {
@@ -102,6 +146,7 @@ void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t 
 
 #define INSTANTIATE(T)                                                                                         \
   template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, bool, T*);               \
+  template void gemm_narrow_tile<T>(int64_t, int, int64_t, const T*, int64_t, const T*, bool, T*);             \
   template void gemm_pack<T>(int, int64_t, const T*, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

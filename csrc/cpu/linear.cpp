@@ -98,8 +98,13 @@ template <class T>
 void forward(const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias, Activation activation,
              const Tensor* packed, const Tensor& y, const Tensor* before) {
   const int64_t out_features = weight.size(0), in = weight.size(1);
+  const T* panels = nullptr;
+  if (packed && packed->numel() == PYFLOWGEN_CALL(linear_packed_size<T>, in, out_features) &&
+      packed->scalar_type() == weight.scalar_type() &&
+      PYFLOWGEN_CALL(linear_pack_matches<T>, in, out_features, data<T>(weight), data<T>(*packed)))
+    panels = data<T>(*packed);
   LinearForward<T> o{x.count, in, out_features, threads_for(x.count * in * out_features), data<T>(x.x), x.stride,
-                     data<T>(weight), packed ? data<T>(*packed) : nullptr, bias ? data<T>(*bias) : nullptr, activation,
+                     data<T>(weight), panels, bias ? data<T>(*bias) : nullptr, activation,
                      out<T>(y), before ? out<T>(*before) : nullptr};
   const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
   in_threads(o.threads, [&](int64_t i) {

@@ -56,8 +56,27 @@ template <class T> struct StoreTransposed {
   }
 };
 
-// Bias gradient: columns a task sums, in blocks of depth_block rows each summed by itself.
-template <class T> inline constexpr int64_t dbias_columns = 4 * lanes<T>;
+// Columns whose bias gradient one task sums.
+inline constexpr int dbias_packs = 4;
+template <class T> inline constexpr int64_t dbias_columns = dbias_packs * lanes<T>;
+
+// total = sum of rows begin <= m < end, halves summed by themselves: the error grows with the logarithm of their number.
+template <class T>
+void sum_rows(const T* dy, int64_t stride, int64_t begin, int64_t end, const int* count, Pack<T>* total) {
+  if (end - begin > 16) {
+    Pack<T> half[dbias_packs];
+    const int64_t middle = begin + (end - begin) / 2;
+    sum_rows<T>(dy, stride, begin, middle, count, total);
+    sum_rows<T>(dy, stride, middle, end, count, half);
+    for (int v = 0; v < dbias_packs; ++v) total[v] += half[v];
+    return;
+  }
+  Pack<T> sum[dbias_packs] = {};
+  for (int64_t m = begin; m < end; ++m)
+    for (int v = 0; v < dbias_packs; ++v)
+      if (count[v]) sum[v] += load_first<T>(dy + m * stride + v * lanes<T>, count[v]);
+  for (int v = 0; v < dbias_packs; ++v) total[v] = sum[v];
+}
 
 template <class T> PYFLOWGEN_INLINE GemmPlan dx_plan(const LinearBackward<T>& o) {
   return gemm_plan<T>(o.batch, o.in, o.out, o.threads);
@@ -82,6 +101,15 @@ template <class T> void linear_pack(int64_t in, int64_t out, const T* weight, T*
   constexpr int64_t width = tile_columns<T>;
   for (int64_t p = begin; p < end; ++p)
     gemm_pack<T>(int(std::min(width, out - p * width)), in, weight + p * width * in, 1, in, packed + p * width * in);
+}
+
+template <class T> bool linear_pack_matches(int64_t in, int64_t out, const T* weight, const T* packed) {
+  constexpr int64_t width = tile_columns<T>, samples = 16;
+  for (int64_t i = 0, size = in * out; size && i < samples; ++i) {
+    const int64_t at = (size - 1) * i / (samples - 1), n = at / in, k = at % in;
+    if (std::memcmp(weight + at, packed + (n / width * in + k) * width + n % width, sizeof(T))) return false;
+  }
+  return true;
 }
 
 template <class T> int64_t linear_tasks(const LinearForward<T>& o) { return forward_plan(o).tasks(); }
@@ -124,20 +152,13 @@ template <class T> void linear_dweight(const LinearBackward<T>& o, int64_t begin
 
 template <class T> int64_t linear_dbias_tasks(const LinearBackward<T>& o) { return ceil_div(o.out, dbias_columns<T>); }
 template <class T> void linear_dbias(const LinearBackward<T>& o, int64_t begin, int64_t end) {
-  constexpr int packs = dbias_columns<T> / lanes<T>;
   for (int64_t task = begin; task < end; ++task) {
     const int64_t left = task * dbias_columns<T>;
-    int count[packs];
-    for (int v = 0; v < packs; ++v) count[v] = int(std::clamp<int64_t>(o.out - left - v * lanes<T>, 0, lanes<T>));
-    Pack<T> total[packs] = {};
-    for (int64_t m = 0; m < o.batch;) {
-      Pack<T> sum[packs] = {};
-      for (const int64_t stop = std::min<int64_t>(o.batch, m + depth_block); m < stop; ++m)
-        for (int v = 0; v < packs; ++v)
-          if (count[v]) sum[v] += load_first<T>(o.dy + m * o.out + left + v * lanes<T>, count[v]);
-      for (int v = 0; v < packs; ++v) total[v] += sum[v];
-    }
-    for (int v = 0; v < packs; ++v) store_first<T>(o.dbias + left + v * lanes<T>, total[v], count[v]);
+    int count[dbias_packs];
+    for (int v = 0; v < dbias_packs; ++v) count[v] = int(std::clamp<int64_t>(o.out - left - v * lanes<T>, 0, lanes<T>));
+    Pack<T> total[dbias_packs];
+    sum_rows<T>(o.dy + left, o.out, 0, o.batch, count, total);
+    for (int v = 0; v < dbias_packs; ++v) store_first<T>(o.dbias + left + v * lanes<T>, total[v], count[v]);
   }
 }
 
@@ -145,6 +166,7 @@ template <class T> void linear_dbias(const LinearBackward<T>& o, int64_t begin, 
   template int64_t linear_packed_size<T>(int64_t, int64_t);                                          \
   template int64_t linear_pack_tasks<T>(int64_t);                                                    \
   template void linear_pack<T>(int64_t, int64_t, const T*, T*, int64_t, int64_t);                    \
+  template bool linear_pack_matches<T>(int64_t, int64_t, const T*, const T*);                        \
   template int64_t linear_tasks<T>(const LinearForward<T>&);                                         \
   template void linear<T>(const LinearForward<T>&, int64_t, int64_t);                                \
   template void linear_activation_backward<T>(Activation, int64_t, const T*, const T*, T*);          \
