@@ -6,7 +6,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string_view>
 
 #include "cpu/isa.h"
 
@@ -14,9 +13,7 @@ namespace pyflowgen {
 
 // What the kernels fuse. gelu, softplus and the like are torch's own pass over the result of `none`.
 enum class Activation { none, relu, leaky_relu, silu, tanh, sigmoid };
-
-// Throws std::invalid_argument naming the known ones.
-Activation parse_activation(std::string_view name);
+inline constexpr int64_t activations = 6;
 
 // The slope torch.nn.functional.leaky_relu has by default.
 inline constexpr double leaky_slope = 0.01;

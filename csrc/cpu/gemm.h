@@ -32,10 +32,17 @@ void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, 
                bool accumulate, T* tile);
 
 // The same for at most narrow_columns columns and row-major A: vectors run along k, not along the nearly empty panel.
+// gemm_narrow_columns turns a block of B, [depth][tile_columns], into the columns this takes, zeros after them.
 inline constexpr int narrow_columns = 4;
 template <class T>
-void gemm_narrow_tile(int64_t rows, int columns, int64_t depth, const T* a, int64_t a_row, const T* b, bool accumulate,
-                      T* tile);
+void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, const T (*b)[depth_block],
+                      bool accumulate, T* tile);
+template <class T>
+PYFLOWGEN_INLINE void gemm_narrow_columns(int columns, int64_t depth, const T* block, T (*b)[depth_block]) {
+  const int64_t padded = (depth + lanes<T> - 1) / lanes<T> * lanes<T>;
+  for (int n = 0; n < narrow_columns; ++n)
+    for (int64_t k = 0; k < padded; ++k) b[n][k] = n < columns && k < depth ? block[k * tile_columns<T> + n] : T(0);
+}
 
 // panel[depth][tile_columns] = B(k,n) for n < columns, 0 for the others; B(k,n) = b[k * b_depth + n * b_column],
 // where one of the strides is 1.
@@ -94,6 +101,20 @@ template <class T> PYFLOWGEN_INLINE bool gemm_copies(int64_t height, int64_t a_r
                       : height > tile_rows<T> && a_depth >= 1024 / int64_t(sizeof(T));
 }
 
+// The epilogue on a finished tile, its first element being C(m, n).
+template <class T, class Epilogue>
+PYFLOWGEN_INLINE void finish(int64_t rows, int columns, const T* tile, int64_t m, int64_t n, const Epilogue& epilogue) {
+  constexpr int width = tile_columns<T>, side = lanes<T>;
+  if (columns == width)  // the constant count turns the partial stores of the epilogue into whole ones
+    for (int64_t i = 0; i < rows; ++i, tile += width) {
+      epilogue(m + i, n, load<T>(tile), side);
+      epilogue(m + i, n + side, load<T>(tile + side), side);
+    }
+  else
+    for (int64_t i = 0; i < rows; ++i, tile += width)
+      for (int j = 0; j < columns; j += side) epilogue(m + i, n + j, load<T>(tile + j), std::min(columns - j, side));
+}
+
 // Tasks begin <= t < end of C[rows][columns] = A[rows][depth] B[depth][columns].
 //   epilogue(m, n, v, count): v holds C(m, n .. n + count - 1) in its first count lanes; 1 <= count <= lanes<T>.
 template <class T, class Matrix, class Epilogue>
@@ -103,18 +124,19 @@ void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, cons
   alignas(64) T tiles[group_panels][chunk_rows<T>][width];
   alignas(64) T buffer[depth_block * width];
   alignas(64) T copy[chunk_rows<T> * copy_stride];
+  alignas(64) T columns[narrow_columns][depth_block];
   const int64_t panels = gemm_panels<T>(plan.columns);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / plan.groups, group = task % plan.groups;
     const int64_t first = part_start(plan.rows, plan.chunks, chunk);
     const int64_t height = part_start(plan.rows, plan.chunks, chunk + 1) - first;
     const int64_t from = part_start(panels, plan.groups, group), to = part_start(panels, plan.groups, group + 1);
-    const auto used = [&](int64_t panel) { return int(std::min<int64_t>(width, plan.columns - panel * width)); };
     const int64_t steps = ceil_div(height, tile_rows<T>);
     const bool copies = gemm_copies<T>(height, a_row, a_depth);
     int64_t k = 0;
     do {  // once even when depth is 0: C becomes 0
       const int64_t part = std::min<int64_t>(depth_block, plan.depth - k);
+      const bool last = k + depth_block >= plan.depth, only = plan.depth <= depth_block;
       const T* block_a = a + first * a_row + k * a_depth;
       int64_t row = a_row, step = a_depth;
       if (copies && a_depth == 1) {
@@ -126,24 +148,20 @@ void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, cons
       }
       if (copies) block_a = copy;
       for (int64_t panel = from; panel < to; ++panel) {
-        const T* block_b = b.block(panel, k, used(panel), part, buffer);
-        if (used(panel) <= narrow_columns && a_depth == 1 && plan.depth >= lanes<T>) {
-          gemm_narrow_tile<T>(height, used(panel), part, block_a, row, block_b, k > 0, tiles[panel - from][0]);
-          continue;
-        }
+        const int used = int(std::min<int64_t>(width, plan.columns - panel * width));
+        const bool narrow = used <= narrow_columns && a_depth == 1 && plan.depth >= lanes<T>;
+        const T* block_b = b.block(panel, k, used, part, buffer);
+        if (narrow) gemm_narrow_columns<T>(used, part, block_b, columns);
         for (int64_t t = 0; t < steps; ++t) {
           const int64_t m = part_start(height, steps, t), n = part_start(height, steps, t + 1) - m;
-          gemm_tile<T>(int(n), used(panel), part, block_a + m * row, row, step, block_b, k > 0,
-                       tiles[panel - from][m]);
+          T* tile = only ? tiles[0][0] : tiles[panel - from][m];
+          if (narrow) gemm_narrow_tile<T>(int(n), used, part, block_a + m * row, row, columns, k > 0, tile);
+          else gemm_tile<T>(int(n), used, part, block_a + m * row, row, step, block_b, k > 0, tile);
+          if (last) finish<T>(n, used, tile, first + m, panel * width, epilogue);
         }
       }
       k += depth_block;
     } while (k < plan.depth);
-    for (int64_t m = 0; m < height; ++m)
-      for (int64_t panel = from; panel < to; ++panel)
-        for (int n = 0; n < used(panel); n += lanes<T>)
-          epilogue(first + m, panel * width + n, load<T>(tiles[panel - from][m] + n),
-                   std::min(used(panel) - n, lanes<T>));
   }
 }
 

@@ -71,29 +71,29 @@ void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, 
 }
 
 template <class T>
-void gemm_narrow_tile(int64_t rows, int columns, int64_t depth, const T* a, int64_t a_row, const T* b, bool accumulate,
-                      T* tile) {
-  constexpr int width = tile_columns<T>, side = lanes<T>, together = std::max(1, side / narrow_columns);
-  constexpr int sums = together * narrow_columns;
+void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, const T (*b)[depth_block],
+                      bool accumulate, T* tile) {
+  // So many rows that their sums, one for each row and column, make up whole vectors once added up.
+  constexpr int side = lanes<T>, together = std::max(1, side / narrow_columns), sums = together * narrow_columns;
   static_assert(sums % side == 0);
-  alignas(64) T columns_of_b[narrow_columns][depth_block];
-  const int64_t padded = ceil_div(depth, side) * side;
-  for (int n = 0; n < narrow_columns; ++n)
-    for (int64_t k = 0; k < padded; ++k) columns_of_b[n][k] = n < columns && k < depth ? b[k * width + n] : T(0);
-  for (int64_t m = 0; m < rows; m += together) {
-    const int64_t last = rows - 1 - m;  // rows past the end repeat it
+  const int64_t whole = depth / side * side;
+  for (int m = 0; m < rows; m += together) {
+    const T* row[together];
+#pragma GCC unroll 4
+    for (int r = 0; r < together; ++r) row[r] = a + std::min(m + r, rows - 1) * a_row;  // past the end: the last again
     Pack<T> sum[sums] = {};
-    for (int64_t k = 0; k < depth; k += side) {
-      const int count = int(std::min<int64_t>(side, depth - k));
+    const auto add = [&](int64_t k, auto load_row) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < together; ++r) {
-        const Pack<T> am = load_first<T>(a + (m + std::min<int64_t>(r, last)) * a_row + k, count);
+        const Pack<T> am = load_row(row[r] + k);
 #pragma GCC unroll 4
         for (int n = 0; n < narrow_columns; ++n)
-          sum[r * narrow_columns + n] = fma(am, load<T>(columns_of_b[n] + k), sum[r * narrow_columns + n]);
+          sum[r * narrow_columns + n] = fma(am, load<T>(b[n] + k), sum[r * narrow_columns + n]);
       }
-    }
-    T total[sums];
+    };
+    for (int64_t k = 0; k < whole; k += side) add(k, [](const T* p) { return load<T>(p); });
+    if (whole < depth) add(whole, [&](const T* p) { return load_first<T>(p, int(depth - whole)); });
+    alignas(64) T total[sums];
 #pragma GCC unroll 4
     for (int i = 0; i < sums; i += side) {
       Pack<T> v[side];
@@ -101,14 +101,14 @@ void gemm_narrow_tile(int64_t rows, int columns, int64_t depth, const T* a, int6
       for (int j = 0; j < side; ++j) v[j] = sum[i + j];
       transpose<T>(v);
 #pragma GCC unroll 4
-      for (int step = side / 2; step; step /= 2)
+      for (int half = side / 2; half; half /= 2)
 #pragma GCC unroll 8
-        for (int j = 0; j < step; ++j) v[j] += v[j + step];
+        for (int j = 0; j < half; ++j) v[j] += v[j + half];
       store<T>(total + i, v[0]);
     }
-    for (int r = 0; r < together && r <= last; ++r)
+    for (int r = 0; r < together && m + r < rows; ++r)
       for (int n = 0; n < columns; ++n) {
-        T& out = tile[(m + r) * width + n];
+        T& out = tile[(m + r) * tile_columns<T> + n];
         out = accumulate ? out + total[r * narrow_columns + n] : total[r * narrow_columns + n];
       }
   }
@@ -146,7 +146,7 @@ void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t 
 
 #define INSTANTIATE(T)                                                                                         \
   template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, bool, T*);               \
-  template void gemm_narrow_tile<T>(int64_t, int, int64_t, const T*, int64_t, const T*, bool, T*);             \
+  template void gemm_narrow_tile<T>(int, int, int64_t, const T*, int64_t, const T(*)[depth_block], bool, T*);             \
   template void gemm_pack<T>(int, int64_t, const T*, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -140,21 +140,39 @@ void backward(const Tensor& dy, const Rows& x, const Tensor& weight, const Tenso
   });
 }
 
-std::tuple<Tensor, Tensor> linear(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string activation_name, bool save,
-                                  std::optional<Tensor> packed) {
-  const Activation activation = parse_activation(activation_name);
-  check(x, weight, bias);
-  const Rows rows = rows_of(x, weight.size(1));
-  weight = dense(weight);
-  if (bias) bias = dense(*bias);
+Activation activation_of(int64_t code) {
+  STD_TORCH_CHECK(0 <= code && code < activations, "linear: there is no activation ", code);
+  return Activation(code);
+}
+
+Tensor empty_result(const Tensor& x, int64_t out_features) {
   std::array<int64_t, 64> sizes;  // torch's own limit on dimensions
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes[i] = x.size(i);
-  sizes[x.dim() - 1] = weight.size(0);
-  const Tensor y = empty(sizes.data(), x.dim(), x);
-  const bool keep = save && activation == Activation::silu;
-  const Tensor before = keep ? empty(sizes.data(), x.dim(), x) : empty({0}, x);
-  const auto run = x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>;
-  run(rows, weight, bias, activation, packed ? &*packed : nullptr, y, keep ? &before : nullptr);
+  const auto from = x.sizes();
+  std::copy(from.begin(), from.end(), sizes.begin());
+  sizes[x.dim() - 1] = out_features;
+  return empty(sizes.data(), x.dim(), x);
+}
+
+Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t activation,
+           const std::optional<Tensor>& packed, const Tensor* before) {
+  const Tensor y = empty_result(x, weight.size(0));
+  const Rows rows = rows_of(x, weight.size(1));
+  (x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>)(
+      rows, dense(weight), bias ? std::optional(dense(*bias)) : bias, activation_of(activation),
+      packed ? &*packed : nullptr, y, before);
+  return y;
+}
+
+Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation, std::optional<Tensor> packed) {
+  check(x, weight, bias);
+  return run(x, weight, bias, activation, packed, nullptr);
+}
+
+std::tuple<Tensor, Tensor> linear_keep(Tensor x, Tensor weight, std::optional<Tensor> bias, int64_t activation,
+                                       std::optional<Tensor> packed) {
+  check(x, weight, bias);
+  const Tensor before = empty_result(x, weight.size(0));
+  const Tensor y = run(x, weight, bias, activation, packed, &before);
   return {y, before};
 }
 
@@ -166,9 +184,9 @@ Tensor linear_pack(Tensor weight) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> saved,
-                                                   std::string activation_name, bool need_dx, bool need_dweight,
+                                                   int64_t code, bool need_dx, bool need_dweight,
                                                    bool need_dbias) {
-  const Activation activation = parse_activation(activation_name);
+  const Activation activation = activation_of(code);
   check(x, weight, std::nullopt);
   const int64_t out_features = weight.size(0), in = weight.size(1);
   const Rows rows = rows_of(x, in);
@@ -185,8 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
   const Tensor dbias = need_dbias ? empty({out_features}, x) : empty({0}, x);
   std::optional<Tensor> dz;
   if (acts) dz = empty({rows.count, out_features}, x);
-  const auto run = x.scalar_type() == ScalarType::Float ? backward<float> : backward<double>;
-  run(dy, rows, weight, acts ? &*saved : nullptr, dz ? &*dz : nullptr, activation, need_dx ? &dx : nullptr,
+  (x.scalar_type() == ScalarType::Float ? backward<float> : backward<double>)(dy, rows, weight, acts ? &*saved : nullptr, dz ? &*dz : nullptr, activation, need_dx ? &dx : nullptr,
       need_dweight ? &dweight : nullptr, need_dbias ? &dbias : nullptr);
   return {dx, dweight, dbias};
 }
@@ -195,6 +212,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowgen, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_keep", TORCH_BOX(&linear_keep));
   m.impl("linear_pack", TORCH_BOX(&linear_pack));
   m.impl("linear_backward", TORCH_BOX(&linear_backward));
 }

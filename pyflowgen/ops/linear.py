@@ -28,8 +28,8 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "softplus": F.softplus,
 }
-# What the kernel applies to the tile in cache; the others are torch's own pass over the product.
-_FUSED = frozenset(("none", "relu", "leaky_relu", "silu", "tanh", "sigmoid"))
+# What the kernel applies to the tile in cache, and its code there; the others are torch's own pass over the product.
+_FUSED = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "tanh": 4, "sigmoid": 5}
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -86,12 +86,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}")
         return _ACTIVATIONS[activation](linear(x, weight, bias))
+    result: Tensor
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        result: Tensor = _Linear.apply(x, weight, bias, activation)
+        result = _Linear.apply(x, weight, bias, activation)
         return result
     _check(x, weight, bias)
-    y, _ = torch.ops.pyflowgen.linear(x, weight, bias, activation, False, _packed(x, weight))
-    return y  # type: ignore[no-any-return]
+    result = torch.ops.pyflowgen.linear.default(x, weight, bias, _FUSED[activation], _packed(x, weight))
+    return result
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -138,11 +139,11 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     entry = _panels.get(key)
     if entry is not None and entry[0]() is weight and entry[1] == version and entry[2] == address:
         if entry[3] is None:
-            entry[3] = torch.ops.pyflowgen.linear_pack(weight.detach())
+            entry[3] = torch.ops.pyflowgen.linear_pack.default(weight.detach())
         return entry[3]  # type: ignore[no-any-return]
     panels = None
     if x.numel() > _ONE_CHUNK * weight.shape[1]:
-        panels = torch.ops.pyflowgen.linear_pack(weight.detach())
+        panels = torch.ops.pyflowgen.linear_pack.default(weight.detach())
     if entry is not None and entry[0]() is weight:
         reference = entry[0]
     else:
@@ -161,11 +162,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, activation):  # type: ignore[no-untyped-def, override]
         _check(x, weight, bias)
-        y, before = torch.ops.pyflowgen.linear(x, weight, bias, activation, True, _packed(x, weight))
         ctx.activation = activation
-        ctx.save_for_backward(
-            x, weight, bias, before if activation == "silu" else None if activation == "none" else y
-        )
+        args = x, weight, bias, _FUSED[activation], _packed(x, weight)
+        if activation == "silu":
+            y, saved = torch.ops.pyflowgen.linear_keep.default(*args)
+        else:
+            y = torch.ops.pyflowgen.linear.default(*args)
+            saved = None if activation == "none" else y
+        ctx.save_for_backward(x, weight, bias, saved)
         return y
 
     @staticmethod
@@ -183,8 +187,8 @@ class _Linear(torch.autograd.Function):
             dweight = rows.T @ x.reshape(-1, x.shape[-1]) if need_dweight else None
             dbias = rows.sum(0) if need_dbias else None
             return dx, dweight, dbias, None
-        dx, dweight, dbias = torch.ops.pyflowgen.linear_backward(
-            dy, x, weight, saved, ctx.activation, need_dx, need_dweight, need_dbias
+        dx, dweight, dbias = torch.ops.pyflowgen.linear_backward.default(
+            dy, x, weight, saved, _FUSED[ctx.activation], need_dx, need_dweight, need_dbias
         )
         return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None
 
@@ -227,9 +231,13 @@ class Linear(nn.Linear):
 
 
 # -------------------------------------------------------------------------------------------------------- fake
-def _fake(x, weight, bias, activation, save, packed=None):  # type: ignore[no-untyped-def]
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, torch.empty_like(y) if save and activation == "silu" else x.new_empty(0)
+def _fake(x, weight, bias, activation, packed=None):  # type: ignore[no-untyped-def]
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _fake_keep(x, weight, bias, activation, packed=None):  # type: ignore[no-untyped-def]
+    y = _fake(x, weight, bias, activation)
+    return y, torch.empty_like(y)
 
 
 def _fake_backward(dy, x, weight, saved, activation, need_dx, need_dweight, need_dbias):  # type: ignore[no-untyped-def]
@@ -241,4 +249,5 @@ def _fake_backward(dy, x, weight, saved, activation, need_dx, need_dweight, need
 
 
 _native.register("linear", _fake)
+_native.register("linear_keep", _fake_keep)
 _native.register("linear_backward", _fake_backward)
