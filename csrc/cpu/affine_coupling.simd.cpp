@@ -1,0 +1,354 @@
+// affine_coupling on the CPU: one pass over memory, log-determinant summed on the way.
+//
+// Floor, float32, n transformed elements: forward reads x, shift, log_scale and writes y, 16 n bytes; backward reads
+// dy, x, shift, log_scale and writes three gradients, 28 n bytes. The kernel moves just that; what it computes
+// (an exponential, two for sigmoid) hides behind L3 and DRAM, not behind L1.
+//
+// Two ways through the elements: along a row's event ("run", the log-determinant reduced across lanes), or, when the
+// event is shorter than a register and for elementwise log-derivatives, along the batch (each lane its own row).
+#include "affine_coupling.h"
+
+#include <type_traits>
+
+#include "cpu/memory.h"
+#include "formula/affine_coupling.h"
+
+namespace pyflowgen::PYFLOWGEN_ISA {
+namespace {
+
+// Elements summed in the compute type before the sum goes into a double.
+constexpr int64_t block = 4096;
+
+// How the transformed elements are walked: `run` elements in the innermost loop, `outer` such runs a row.
+struct Nest {
+  int64_t run, outer;
+  enum { merged, by_inner, by_channel } kind;
+};
+
+// Where a pack is read or written: its first element and the distance to the next.
+template <class T> struct Cursor {
+  T* p;
+  int64_t stride;
+  // i elements on; `unit` is the promise that the stride is 1.
+  template <bool unit> PYFLOWGEN_INLINE Cursor step(int64_t i) const { return {p + (unit ? i : i * stride), stride}; }
+};
+
+template <class T> struct Walk {
+  T* p;
+  int64_t batch, outer, run;
+  PYFLOWGEN_INLINE Cursor<T> along_run(int64_t row, int64_t k) const { return {p + row * batch + k * outer, run}; }
+  PYFLOWGEN_INLINE Cursor<T> along_batch(int64_t row, int64_t k, int64_t i) const { return {p + row * batch + k * outer + i * run, batch}; }
+};
+
+template <class T> Walk<T> walk(T* p, Strides s, const Nest& nest) {
+  if (nest.kind == Nest::by_channel) return {p, s.batch, s.inner, s.channel};
+  return {p, s.batch, nest.kind == Nest::merged ? 0 : s.channel, s.inner};
+}
+
+// Only the transformed channels of a tensor that has them all.
+template <class T> Walk<T> walk_part(T* p, Strides s, const Nest& nest, const AffineCouplingOptions& o) {
+  return walk(p + o.start * s.channel, Strides{s.batch, s.channel * o.step, s.inner}, nest);
+}
+
+Nest choose(const AffineCouplingOptions& o, const Strides* whole, int n_whole, const Strides* parameters, int n_parameters) {
+  bool merge = true;
+  for (int i = 0; i < n_whole; ++i) merge &= o.count == 1 || whole[i].channel * o.step == o.inner * whole[i].inner;
+  for (int i = 0; i < n_parameters; ++i) merge &= o.count == 1 || parameters[i].channel == o.inner * parameters[i].inner;
+  if (o.inner == 1) return {o.count, 1, Nest::by_channel};
+  if (merge) return {o.count * o.inner, 1, Nest::merged};
+  if (o.count > 1 && (whole[0].inner > whole[0].channel || o.inner < o.count / 4)) return {o.count, o.inner, Nest::by_channel};
+  return {o.inner, o.count, Nest::by_inner};
+}
+
+// A byte for every lane of a pack of C.
+typedef uint8_t bytes_for_float __attribute__((vector_size(lanes<float>)));
+typedef uint8_t bytes_for_double __attribute__((vector_size(lanes<double>)));
+template <class C> using BytesFor = std::conditional_t<sizeof(C) == sizeof(float), bytes_for_float, bytes_for_double>;
+
+template <class C> PYFLOWGEN_INLINE auto load_mask(Cursor<const uint8_t> mask, int n) {
+  using Int = decltype(Pack<C>{} < Pack<C>{});
+  BytesFor<C> bytes{};
+  if (mask.stride == 1 && n == lanes<C>) __builtin_memcpy(&bytes, mask.p, sizeof bytes);
+  else
+    for (int i = 0; i < n; ++i) bytes[i] = mask.p[i * mask.stride];
+  return __builtin_convertvector(bytes, Int) != Int{};
+}
+
+// Whether lanes are rows: the event is shorter than a register, or there is a log-derivative for every element.
+template <class T> bool along_batch(const Nest& nest, const AffineCouplingOptions& o) {
+  return o.elementwise || (nest.run < width<T> && o.batch >= width<T>);
+}
+
+// One pack, or the first n elements of one.
+template <bool unit, class T> PYFLOWGEN_INLINE Pack<Compute<T>> get(Cursor<const T> from, int n) {
+  if (n < width<T>) return load_strided(from.p, from.stride, n);
+  if constexpr (unit) return load_as(from.p);
+  else return load_strided(from.p, from.stride);
+}
+template <bool unit, class T> PYFLOWGEN_INLINE void put(Cursor<T> to, Pack<Compute<T>> v, int n) {
+  if (n < width<T>) return store_strided(to.p, to.stride, v, n);
+  if constexpr (unit) store_as(to.p, v);
+  else store_strided(to.p, to.stride, v);
+}
+
+template <class T> PYFLOWGEN_INLINE void copy_strided(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n) {
+  if (from_stride == 1 && to_stride == 1) {
+    __builtin_memcpy(to, from, size_t(n) * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
+  }
+}
+
+// Copy channels [first, last) of one row.
+template <class T> void copy_channels(const T* from, Strides f, T* to, Strides t, int64_t first, int64_t last, int64_t inner) {
+  from += first * f.channel, to += first * t.channel;
+  if (inner == 1) return copy_strided(from, f.channel, to, t.channel, last - first);
+  if (f.channel == inner * f.inner && t.channel == inner * t.inner) return copy_strided(from, f.inner, to, t.inner, (last - first) * inner);
+  for (int64_t c = first; c < last; ++c, from += f.channel, to += t.channel) copy_strided(from, f.inner, to, t.inner, inner);
+}
+
+// Copy what is not transformed. With a step the whole span is copied first and the transformed channels overwritten.
+template <class T> void copy_rest(const AffineCouplingOptions& o, const T* from, Strides f, T* to, Strides t, int64_t row) {
+  if (o.count == o.channels) return;
+  from += row * f.batch, to += row * t.batch;
+  const int64_t end = o.start + (o.count - 1) * o.step + 1;
+  if (o.step > 1) return copy_channels(from, f, to, t, 0, o.channels, o.inner);
+  copy_channels(from, f, to, t, 0, o.start, o.inner);
+  copy_channels(from, f, to, t, end, o.channels, o.inner);
+}
+
+// `unit`: every stride is 1 and there is no mask.
+template <AffineScale S, bool unit, class T>
+PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Cursor<const T> x, Cursor<const T> shift,
+                                               Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> y, int n) {
+  using C = Compute<T>;
+  const Pack<C> vx = get<unit>(x, n), vt = get<unit>(shift, n);
+  Pack<C> vs{};
+  if constexpr (S != AffineScale::additive) vs = get<unit>(log_scale, n);
+  auto [vy, l] = formula::affine_coupling<S>(vx, vt, vs, clamp, o.shift_first, o.inverse);
+  if (!unit && mask.p) {
+    const auto selected = load_mask<C>(mask, n);
+    vy = selected ? vy : vx;
+    l = selected ? l : Pack<C>{};
+  }
+  put<unit>(y, vy, n);
+  return n < width<T> ? (first_lanes<C>(n) ? l : Pack<C>{}) : l;
+}
+
+template <AffineScale S, bool unit, class T>
+PYFLOWGEN_INLINE void backward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Pack<Compute<T>> dlogdet, Cursor<const T> dy,
+                                    Cursor<const T> x, Cursor<const T> shift, Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> dx,
+                                    Cursor<T> dshift, Cursor<T> dlog_scale, int n) {
+  using C = Compute<T>;
+  const Pack<C> vdy = get<unit>(dy, n), vx = get<unit>(x, n), vt = get<unit>(shift, n);
+  Pack<C> vs{};
+  if constexpr (S != AffineScale::additive) vs = get<unit>(log_scale, n);
+  auto [vdx, vdt, vds] = formula::affine_coupling_backward<S>(vdy, dlogdet, vx, vt, vs, clamp, o.shift_first, o.inverse);
+  if (!unit && mask.p) {
+    const auto selected = load_mask<C>(mask, n);
+    vdx = selected ? vdx : vdy;
+    vdt = selected ? vdt : Pack<C>{};
+    vds = selected ? vds : Pack<C>{};
+  }
+  put<unit>(dx, vdx, n);
+  put<unit>(dshift, vdt, n);
+  if constexpr (S != AffineScale::additive) put<unit>(dlog_scale, vds, n);
+}
+
+// Call body(outer, begin, end) for each stretch of one run within elements [first, last) of a row's event.
+template <class Body> PYFLOWGEN_INLINE void each_run(const Nest& nest, int64_t first, int64_t last, Body body) {
+  while (first < last) {
+    const int64_t begin = first % nest.run, end = last - first < nest.run - begin ? begin + last - first : nest.run;
+    body(first / nest.run, begin, end);
+    first += end - begin;
+  }
+}
+
+template <class T, class A> struct ForwardWalk {
+  Nest nest;
+  bool unit;
+  Walk<const T> x, shift, log_scale;
+  Walk<const uint8_t> mask;
+  Walk<T> y;
+
+  explicit ForwardWalk(const AffineCouplingForward<T, A>& a) {
+    const Strides whole[] = {a.x_strides, a.y_strides, a.mask ? a.mask_strides : a.x_strides};
+    const Strides parameters[] = {a.shift_strides, a.log_scale ? a.log_scale_strides : a.shift_strides};
+    nest = choose(a.o, whole, 3, parameters, 2);
+    x = walk_part(a.x, a.x_strides, nest, a.o), y = walk_part(a.y, a.y_strides, nest, a.o);
+    shift = walk(a.shift, a.shift_strides, nest);
+    log_scale = walk(a.log_scale ? a.log_scale : a.shift, parameters[1], nest);
+    mask = walk(a.mask, a.mask_strides, nest);
+    unit = !a.mask && x.run == 1 && y.run == 1 && shift.run == 1 && log_scale.run == 1;
+  }
+};
+
+// Sum of l over elements [first, last) of a row's event.
+template <AffineScale S, bool unit, class T, class A>
+double forward_elements(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>& w, int64_t row, int64_t first, int64_t last) {
+  using V = Pack<Compute<T>>;
+  constexpr int n = width<T>;
+  const V clamp = broadcast(Compute<T>(a.o.clamp));
+  double total = 0;
+  each_run(w.nest, first, last, [&](int64_t k, int64_t i, int64_t end) {
+    const auto x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
+    const auto mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{};
+    const auto y = w.y.along_run(row, k);
+    const auto pack = [&]<bool u>(int count) {
+      return forward_pack<S, u>(a.o, clamp, x.template step<u>(i), shift.template step<u>(i), log_scale.template step<u>(i),
+                                w.mask.p ? mask.template step<false>(i) : mask, y.template step<u>(i), count);
+    };
+    while (i < end) {
+      const int64_t stop = end - i < block ? end : i + block;
+      V sum{};
+      for (; i + n <= stop; i += n) sum += pack.template operator()<unit>(n);
+      if (i < stop) {
+        sum += pack.template operator()<false>(int(stop - i));
+        i = stop;
+      }
+      total += reduce_add(sum);
+    }
+  });
+  return total;
+}
+
+// Each lane its own row.
+template <AffineScale S, class T, class A>
+void forward_rows(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>& w, int64_t begin, int64_t end) {
+  using V = Pack<Compute<T>>;
+  const V clamp = broadcast(Compute<T>(a.o.clamp));
+  for (int64_t row = begin; row < end; row += width<T>) {
+    const int n = int(end - row < width<T> ? end - row : width<T>);
+    V sum{};
+    for (int64_t k = 0; k < w.nest.outer; ++k)
+      for (int64_t i = 0; i < w.nest.run; ++i)
+        sum += forward_pack<S, false>(a.o, clamp, w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
+                                      w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{}, w.y.along_batch(row, k, i), n);
+    put<false>(Cursor<A>{a.logdet + row, 1}, a.o.inverse ? -sum : sum, n);
+  }
+}
+
+template <AffineScale S, class T, class A> void forward(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, double* partial) {
+  const ForwardWalk<T, A> w(a);
+  const AffineCouplingOptions& o = a.o;
+  const int64_t elements = o.count * o.inner, segments = affine_coupling_segments(o);
+  const auto sum = [&](int64_t row, int64_t segment) {
+    if (!partial) copy_rest(o, a.x, a.x_strides, a.y, a.y_strides, row);
+    const int64_t first = elements * segment / segments, last = elements * (segment + 1) / segments;
+    return w.unit ? forward_elements<S, true>(a, w, row, first, last) : forward_elements<S, false>(a, w, row, first, last);
+  };
+  if (partial) {
+    for (int64_t i = begin; i < end; ++i) partial[i] = sum(i / segments, i % segments);
+  } else if (along_batch<T>(w.nest, o)) {
+    for (int64_t row = begin; row < end; ++row) copy_rest(o, a.x, a.x_strides, a.y, a.y_strides, row);
+    forward_rows<S>(a, w, begin, end);
+  } else {
+    for (int64_t row = begin; row < end; ++row) a.logdet[row] = A(o.inverse ? -sum(row, 0) : sum(row, 0));
+  }
+}
+
+template <class T, class A> struct BackwardWalk {
+  Nest nest;
+  bool unit;
+  Walk<const T> dy, x, shift, log_scale;
+  Walk<const uint8_t> mask;
+  Walk<T> dx, dshift, dlog_scale;
+
+  explicit BackwardWalk(const AffineCouplingBackward<T, A>& a) {
+    const bool affine = a.log_scale;
+    const Strides whole[] = {a.x_strides, a.dy_strides, a.dx_strides, a.mask ? a.mask_strides : a.x_strides};
+    const Strides parameters[] = {a.shift_strides, a.dshift_strides, affine ? a.log_scale_strides : a.shift_strides,
+                                  affine ? a.dlog_scale_strides : a.dshift_strides};
+    nest = choose(a.o, whole, 4, parameters, 4);
+    dy = walk_part(a.dy, a.dy_strides, nest, a.o), x = walk_part(a.x, a.x_strides, nest, a.o);
+    dx = walk_part(a.dx, a.dx_strides, nest, a.o);
+    shift = walk(a.shift, a.shift_strides, nest), dshift = walk(a.dshift, a.dshift_strides, nest);
+    log_scale = walk(affine ? a.log_scale : a.shift, parameters[2], nest);
+    dlog_scale = walk(affine ? a.dlog_scale : a.dshift, parameters[3], nest);
+    mask = walk(a.mask, a.mask_strides, nest);
+    unit = !a.mask && dy.run == 1 && x.run == 1 && dx.run == 1 && shift.run == 1 && dshift.run == 1 && log_scale.run == 1 && dlog_scale.run == 1;
+  }
+};
+
+template <AffineScale S, bool unit, class T, class A>
+void backward_elements(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& w, int64_t row, int64_t first, int64_t last) {
+  using C = Compute<T>;
+  constexpr int n = width<T>;
+  const Pack<C> clamp = broadcast(C(a.o.clamp)), dlogdet = broadcast(C(a.dlogdet[row * a.dlogdet_stride]));
+  each_run(w.nest, first, last, [&](int64_t k, int64_t i, int64_t end) {
+    const auto dy = w.dy.along_run(row, k), x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
+    const auto mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{};
+    const auto dx = w.dx.along_run(row, k), dshift = w.dshift.along_run(row, k), dlog_scale = w.dlog_scale.along_run(row, k);
+    const auto pack = [&]<bool u>(int count) {
+      backward_pack<S, u>(a.o, clamp, dlogdet, dy.template step<u>(i), x.template step<u>(i), shift.template step<u>(i),
+                          log_scale.template step<u>(i), w.mask.p ? mask.template step<false>(i) : mask, dx.template step<u>(i),
+                          dshift.template step<u>(i), dlog_scale.template step<u>(i), count);
+    };
+    for (; i + n <= end; i += n) pack.template operator()<unit>(n);
+    if (i < end) pack.template operator()<false>(int(end - i));
+  });
+}
+
+template <AffineScale S, class T, class A>
+void backward_rows(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& w, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const Pack<C> clamp = broadcast(C(a.o.clamp));
+  for (int64_t row = begin; row < end; row += width<T>) {
+    const int n = int(end - row < width<T> ? end - row : width<T>);
+    const Pack<C> dlogdet = get<false>(Cursor<const A>{a.dlogdet + row * a.dlogdet_stride, a.dlogdet_stride}, n);
+    for (int64_t k = 0; k < w.nest.outer; ++k)
+      for (int64_t i = 0; i < w.nest.run; ++i)
+        backward_pack<S, false>(a.o, clamp, dlogdet, w.dy.along_batch(row, k, i), w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i),
+                                w.log_scale.along_batch(row, k, i), w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{},
+                                w.dx.along_batch(row, k, i), w.dshift.along_batch(row, k, i), w.dlog_scale.along_batch(row, k, i), n);
+  }
+}
+
+template <AffineScale S, class T, class A> void backward(const AffineCouplingBackward<T, A>& a, int64_t begin, int64_t end, bool by_segment) {
+  const BackwardWalk<T, A> w(a);
+  const AffineCouplingOptions& o = a.o;
+  const int64_t elements = o.count * o.inner, segments = by_segment ? affine_coupling_segments(o) : 1;
+  if (!by_segment && along_batch<T>(w.nest, o)) {
+    for (int64_t row = begin; row < end; ++row) copy_rest(o, a.dy, a.dy_strides, a.dx, a.dx_strides, row);
+    return backward_rows<S>(a, w, begin, end);
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t row = i / segments, segment = i % segments;
+    if (!by_segment) copy_rest(o, a.dy, a.dy_strides, a.dx, a.dx_strides, row);
+    const int64_t first = elements * segment / segments, last = elements * (segment + 1) / segments;
+    if (w.unit) backward_elements<S, true>(a, w, row, first, last);
+    else backward_elements<S, false>(a, w, row, first, last);
+  }
+}
+
+// Call f<S>() for the scale chosen at run time.
+template <class F> void with_scale(AffineScale scale, F f) {
+  switch (scale) {
+    case AffineScale::additive: return f.template operator()<AffineScale::additive>();
+    case AffineScale::exp: return f.template operator()<AffineScale::exp>();
+    case AffineScale::tanh: return f.template operator()<AffineScale::tanh>();
+    case AffineScale::sigmoid: return f.template operator()<AffineScale::sigmoid>();
+    case AffineScale::sigmoid_eps: return f.template operator()<AffineScale::sigmoid_eps>();
+    case AffineScale::softclip: return f.template operator()<AffineScale::softclip>();
+    case AffineScale::atan: return f.template operator()<AffineScale::atan>();
+    case AffineScale::softplus: return f.template operator()<AffineScale::softplus>();
+  }
+}
+} // namespace
+
+template <class T, class A> void affine_coupling(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, double* partial) {
+  with_scale(a.o.scale, [&]<AffineScale S>() { forward<S>(a, begin, end, partial); });
+}
+template <class T, class A> void affine_coupling_backward(const AffineCouplingBackward<T, A>& a, int64_t begin, int64_t end, bool by_segment) {
+  with_scale(a.o.scale, [&]<AffineScale S>() { backward<S>(a, begin, end, by_segment); });
+}
+
+#define PYFLOWGEN_INSTANTIATE(T, A)                                                                     \
+  template void affine_coupling<T, A>(const AffineCouplingForward<T, A>&, int64_t, int64_t, double*); \
+  template void affine_coupling_backward<T, A>(const AffineCouplingBackward<T, A>&, int64_t, int64_t, bool);
+PYFLOWGEN_INSTANTIATE(double, double)
+PYFLOWGEN_INSTANTIATE(float, float)
+PYFLOWGEN_INSTANTIATE(bf16, float)
+PYFLOWGEN_INSTANTIATE(f16, float)
+
+} // namespace pyflowgen::PYFLOWGEN_ISA

@@ -1,0 +1,8 @@
+"""Drop-in faster PyTorch layers for generative flows and streaming action detection."""
+
+__version__ = "0.1.0"
+
+from pyflowgen._native import build_info as build_info
+from pyflowgen._native import reference_path as reference_path
+from pyflowgen.ops.affine_coupling import affine_coupling as affine_coupling
+from pyflowgen.ops.affine_coupling import affine_coupling_reference as affine_coupling_reference

@@ -1,0 +1,147 @@
+"""What this installation can run: loads the compiled library, registers fakes, fills empty CUDA slots with Triton.
+
+The one place that touches ``torch.library``, ``_C`` or Triton's import. A missing compiled library is no error:
+every layer then runs its plain PyTorch reference, and :func:`build_info` says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A test may load another build of the same ops, e.g. the CUDA kernels compiled for the CPU.
+_LIBRARY = Path(os.environ.get("PYFLOWGEN_LIBRARY") or Path(__file__).with_name("libpyflowgen.so"))
+# Triton's interpreter runs the GPU kernels on CPU tensors, for tests.
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_KEY = "CPU" if _INTERPRET else "CUDA"
+_KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+
+_triton = importlib.util.find_spec("triton") is not None
+_definitions = torch.library.Library("pyflowgen", "FRAGMENT")
+_fills: list[torch.library.Library] = []
+_reference_only = False
+
+
+def _load() -> str | None:
+    """Load the op library; return why not, or None when it is there."""
+    if not _LIBRARY.exists():
+        return "it was not built (PYFLOWGEN_BUILD=none, or no build was run)"
+    try:
+        torch.ops.load_library(str(_LIBRARY))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+_missing = _load()
+if _missing and "PYFLOWGEN_QUIET" not in os.environ:
+    warnings.warn(
+        f"pyflowgen runs its plain PyTorch reference on the CPU: no compiled library, {_missing}.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def has_kernel(op: str, key: str) -> bool:
+    """Whether operator ``pyflowgen::op`` has an implementation for dispatch key ``"CPU"`` or ``"CUDA"``."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyflowgen::{op}", key))
+
+
+def register(op: str, fake: Callable[..., Any]) -> None:
+    """Give operator ``op`` its fake, and its Triton launcher wherever the compiled library left the slot empty.
+
+    The launcher is the function called ``op`` in a module of ``pyflowgen.kernels`` named after the stem (``op`` up to
+    ``_backward``). Without a compiled library the operator's schema comes from that launcher's annotations.
+    """
+    defined = bool(torch._C._dispatch_has_kernel(f"pyflowgen::{op}"))
+    launcher = None
+    if _triton and (_INTERPRET or torch.cuda.is_available()):
+        stem = op.removesuffix("_backward")
+        if importlib.util.find_spec(f"pyflowgen.kernels.{stem}") is not None:
+            launcher = getattr(importlib.import_module(f"pyflowgen.kernels.{stem}"), op, None)
+    if not defined:
+        if launcher is None:
+            return
+        _definitions.define(op + torch.library.infer_schema(launcher, mutates_args=()))
+    if launcher is not None and (_INTERPRET or not has_kernel(op, _TRITON_KEY)):
+        # In the interpreter the launcher takes the CPU's place on purpose.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fill = torch.library.Library("pyflowgen", "IMPL")
+            fill.impl(op, launcher, _TRITON_KEY, allow_override=True)
+        _fills.append(fill)
+    torch.library.register_fake(f"pyflowgen::{op}", fake)
+    for key in ("CPU", "CUDA"):
+        if has_kernel(op, key):
+            _kernels.add((op, key.lower()))
+
+
+_kernels: set[tuple[str, str]] = set()
+
+
+def use_kernel(op: str, x: Tensor) -> bool:
+    """The one choice made in Python: kernel (True) or reference.
+
+    The reference runs where there is no kernel for the device or dtype, inside ``torch.func`` transforms and
+    forward-mode differentiation, and under :func:`reference_path`.
+    """
+    return (
+        (op, x.device.type) in _kernels
+        and x.dtype in _KERNEL_DTYPES
+        and not _reference_only
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+@contextlib.contextmanager
+def reference_path() -> Iterator[None]:
+    """Run every pyflowgen layer on its plain PyTorch reference inside the block.
+
+    Example:
+        >>> import torch, pyflowgen
+        >>> x, shift = torch.randn(4, 2), torch.randn(4, 2)
+        >>> with pyflowgen.reference_path():
+        ...     y, logdet = pyflowgen.affine_coupling(x, shift)
+        >>> torch.equal(y, x + shift)
+        True
+    """
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
+def build_info() -> dict[str, Any]:
+    """Facts about this installation, as plain strings, lists and booleans.
+
+    Keys: ``version``, ``torch`` (running), ``torch_built_against``, ``compiler``, ``instruction_sets`` (compiled) and
+    ``instruction_set`` (in use; ``ATEN_CPU_CAPABILITY`` lowers it), ``cuda_architectures``, ``triton`` (its version),
+    ``library`` (path of the compiled ops) or ``library_missing`` (why the reference runs instead).
+    """
+    from pyflowgen import __version__
+
+    info: dict[str, Any] = {"version": __version__, "torch": torch.__version__}
+    try:
+        from pyflowgen import _C  # type: ignore[attr-defined]
+
+        info.update(_C.build_info())
+    except ImportError:
+        info["compiler"] = None
+    info["triton"] = importlib.import_module("triton").__version__ if _triton else None
+    if _missing:
+        info["library_missing"] = _missing
+    else:
+        info["library"] = str(_LIBRARY)
+    return info

@@ -1,0 +1,187 @@
+"""The contract every invertible map of the library keeps, and the two ways of composing them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+
+def logdet_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type in which a log-determinant of data of type `dtype` is summed: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def batch_shape(x: Tensor, event_dim: int, owner: object) -> torch.Size:
+    """Shape of `x` left of its `event_dim` event dimensions; a ValueError naming `owner` if there are too few."""
+    if x.dim() < event_dim:
+        raise ValueError(
+            f"{type(owner).__name__}: x has shape {tuple(x.shape)}, expected at least {event_dim} dimensions"
+        )
+    return x.shape[: x.dim() - event_dim]
+
+
+def sum_event(x: Tensor, event_dim: int) -> Tensor:
+    """Sum over the trailing `event_dim` dimensions, in at least float32.
+
+    >>> import torch
+    >>> from pyflowgen.bijection import sum_event
+    >>> sum_event(torch.ones(5, 2, 3), 2)
+    tensor([6., 6., 6., 6., 6.])
+    """
+    dtype = logdet_dtype(x.dtype)
+    return x.sum(tuple(range(-event_dim, 0)), dtype=dtype) if event_dim else x.to(dtype)
+
+
+class Bijection(nn.Module):
+    r"""An invertible map :math:`y = f(x)` whose Jacobian's log-determinant is known.
+
+    `forward` goes from data to noise and returns `(y, logdet)` with
+    :math:`\mathrm{logdet} = \log|\det \partial y/\partial x|`;
+    `inverse` goes back and returns `(x, logdet)` with the log-determinant *of the inverse map*, i.e. the negative.
+    `x` has shape `batch + event` for any number of leading batch dimensions (none included); `logdet` has shape `batch`
+    and at least float32. `context` holds the conditions of a conditional map, one row per batch element.
+
+    Reference: Rezende and Mohamed, *Variational Inference with Normalizing Flows*, 2015.
+
+    >>> import torch
+    >>> from pyflowgen.bijection import Bijection
+    >>> class Double(Bijection):
+    ...     def forward(self, x, context=None):
+    ...         return 2 * x, torch.full(x.shape[:-1], x.shape[-1] * 0.6931472)
+    ...     def inverse(self, y, context=None):
+    ...         return y / 2, torch.full(y.shape[:-1], -y.shape[-1] * 0.6931472)
+    >>> y, logdet = Double()(torch.ones(4, 2))
+    >>> y.shape, logdet
+    (torch.Size([4, 2]), tensor([1.3863, 1.3863, 1.3863, 1.3863]))
+    """
+
+    #: Whether the log-determinant is zero everywhere, so that compositions need not add it.
+    volume_preserving: bool = False
+    #: Whether `forward` draws random numbers and `inverse` has no useful derivative (see `Dequantize`).
+    stochastic: bool = False
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Data to noise: `(y, log|det dy/dx|)`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no forward")
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Noise to data: `(x, log|det dx/dy|)`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no inverse")
+
+    def output_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
+        """Event shape of `y` for an event shape of `x`; the same unless a map rearranges its input."""
+        return tuple(event_shape)
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        """Where one element of `x` may lie."""
+        return constraints.real
+
+
+class Chain(Bijection):
+    r"""Composition :math:`f_n \circ \dots \circ f_1`, whose log-determinants add up.
+
+    `Chain(f1, ..., fn)` applies `f1` first; `inverse` runs through them backwards. Indexing gives a bijection, slicing
+    a `Chain` that shares its parameters.
+
+    >>> import torch
+    >>> from pyflowgen.bijection import Chain
+    >>> from pyflowgen.layers import Permutation, Scale
+    >>> chain = Chain(Permutation([1, 0]), Scale(2, init=False))
+    >>> y, logdet = chain(torch.tensor([[1.0, 2.0]]))
+    >>> y.tolist(), logdet.tolist(), len(chain)
+    ([[2.0, 1.0]], [0.0], 2)
+    >>> chain.inverse(y)[0].tolist()
+    [[1.0, 2.0]]
+    """
+
+    def __init__(self, *bijections: Bijection) -> None:
+        super().__init__()
+        if not bijections:
+            raise ValueError("Chain: bijections is empty, expected at least one")
+        for i, b in enumerate(bijections):
+            if not (isinstance(b, nn.Module) and callable(getattr(b, "inverse", None))):
+                raise TypeError(f"Chain: bijections[{i}] is {type(b).__name__}, expected a Bijection")
+        self.bijections = nn.ModuleList(bijections)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        last = len(self) - 1
+        for i, b in enumerate(self):
+            x, logdet = b(x, context)
+            # zeros need no addition, but the last may have to give the batch's shape
+            if not b.volume_preserving or (i == last and total is None):
+                total = logdet if total is None else total + logdet
+        assert total is not None
+        return x, total
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total: Tensor | None = None
+        for i in range(len(self) - 1, -1, -1):
+            y, logdet = self[i].inverse(y, context)
+            if not self[i].volume_preserving or (i == 0 and total is None):
+                total = logdet if total is None else total + logdet
+        assert total is not None
+        return y, total
+
+    def output_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
+        for b in self:
+            event_shape = b.output_shape(event_shape)
+        return tuple(event_shape)
+
+    @property
+    def domain(self) -> constraints.Constraint:
+        return self[0].domain
+
+    @property
+    def volume_preserving(self) -> bool:  # type: ignore[override]
+        return all(b.volume_preserving for b in self)
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return any(b.stochastic for b in self)
+
+    def __len__(self) -> int:
+        return len(self.bijections)
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return iter(self.bijections)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int | slice) -> Bijection:
+        if isinstance(index, slice):
+            return Chain(*self.bijections[index])  # type: ignore[arg-type]
+        return self.bijections[index]  # type: ignore[return-value]
+
+
+class Inverse(Bijection):
+    """The same map the other way round: `forward` and `inverse` change places, parameters are shared.
+
+    >>> import torch
+    >>> from pyflowgen.bijection import Inverse
+    >>> from pyflowgen.layers import Logit
+    >>> sigmoid = Inverse(Logit(alpha=0.0))
+    >>> sigmoid(torch.zeros(1, 1))[0]
+    tensor([[0.5000]])
+    """
+
+    def __init__(self, bijection: Bijection) -> None:
+        super().__init__()
+        self.bijection = bijection
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.bijection.inverse(x, context)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, logdet = self.bijection(y, context)
+        return x, logdet
+
+    @property
+    def volume_preserving(self) -> bool:  # type: ignore[override]
+        return self.bijection.volume_preserving
+
+    @property
+    def stochastic(self) -> bool:  # type: ignore[override]
+        return self.bijection.stochastic

@@ -1,0 +1,4 @@
+"""The systems, one file each, built from the library's layers."""
+
+from pyflowgen.models.nice import NICE as NICE
+from pyflowgen.models.realnvp import RealNVP as RealNVP

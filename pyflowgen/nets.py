@@ -1,0 +1,177 @@
+"""Networks that serve as conditioners. Any `nn.Module` called as `net(x)` or `net(x, context)` does as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "elu": nn.ELU,
+    "leaky_relu": nn.LeakyReLU,
+    "softplus": nn.Softplus,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """The activation layer called `name`; a ValueError lists the known names.
+
+    >>> from pyflowgen.nets import activation
+    >>> activation("silu")
+    SiLU()
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation is {name!r}, expected one of {', '.join(sorted(_ACTIVATIONS))}")
+    return _ACTIVATIONS[name]()
+
+
+def _check_context(owner: nn.Module, context: Tensor | None, features: int) -> None:
+    if (context is None) != (features == 0) or (context is not None and context.shape[-1:] != (features,)):
+        got = "is missing" if context is None else f"has shape {tuple(context.shape)}"
+        want = f"expected (..., {features})" if features else "expected none (built with context_features=0)"
+        raise ValueError(f"{type(owner).__name__}: context {got}, {want}")
+
+
+class MLP(nn.Module):
+    r"""Multi-layer perceptron :math:`W_n\,\sigma(\cdots\sigma(W_1 [x, c] + b_1)\cdots) + b_n` on the last dimension.
+
+    Args:
+        in_features: size of `x`'s last dimension.
+        hidden: widths of the hidden layers; empty for a linear map.
+        out_features: size of the output.
+        activation: name of the activation between layers (`"relu"`, `"tanh"`, `"silu"`, ...).
+        context_features: size of the context's last dimension; 0 for none. Its leading dimensions broadcast with `x`'s.
+        zero_init_last: start the last layer at zero, so that a coupling starts as the identity.
+
+    >>> import torch
+    >>> from pyflowgen.nets import MLP
+    >>> net = MLP(3, [16], 4, context_features=2)
+    >>> net(torch.randn(5, 3), torch.randn(5, 2))
+    tensor([[0., 0., 0., 0.],
+            [0., 0., 0., 0.],
+            [0., 0., 0., 0.],
+            [0., 0., 0., 0.],
+            [0., 0., 0., 0.]], grad_fn=<AddmmBackward0>)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: Sequence[int],
+        out_features: int,
+        activation: str = "relu",
+        *,
+        context_features: int = 0,
+        zero_init_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.context_features = in_features, out_features, context_features
+        sizes = [in_features + context_features, *hidden, out_features]
+        if min(sizes) < 1:
+            raise ValueError(f"MLP: layer sizes are {sizes}, expected positive numbers")
+        layers: list[nn.Module] = []
+        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Linear(n_in, n_out), _act(activation)]
+        self.layers = nn.Sequential(*layers[:-1])
+        if zero_init_last:
+            _zero(self.layers[-1])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        _check_context(self, context, self.context_features)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"MLP: x has shape {tuple(x.shape)}, expected (..., {self.in_features})")
+        if context is not None:
+            batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+            x = torch.cat([x.expand(*batch, -1), context.to(x.dtype).expand(*batch, -1)], -1)
+        out: Tensor = self.layers(x)
+        return out
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self, channels: int, activation: str, wrap: bool) -> None:
+        super().__init__()
+        conv1, conv2 = _conv(channels, channels, 3, wrap), _conv(channels, channels, 3, wrap)
+        self.body = nn.Sequential(_act(activation), conv1, _act(activation), conv2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ConvResNet(nn.Module):
+    r"""Small residual convolution network that keeps height and width, the conditioner of an image coupling.
+
+    3×3 convolution, then `blocks` times
+    :math:`h + \mathrm{conv}_{3\times3}\,\sigma\,\mathrm{conv}_{3\times3}\,\sigma\,h`, an activation and a 1×1
+    convolution.
+
+    Args:
+        in_channels, hidden_channels, out_channels: channels of the input `(..., C, H, W)`, the blocks, the output.
+        blocks: number of residual blocks.
+        activation: name of the activation.
+        context_features: size of a context vector `(..., F)`, mapped linearly onto the hidden channels; 0 for none.
+        weight_norm: reparametrise the 3×3 convolutions by norm and direction (Salimans and Kingma, 2016).
+        zero_init_last: start the last convolution at zero.
+
+    Reference: He et al., *Identity Mappings in Deep Residual Networks*, 2016, in the use of *Real NVP*, section 4.1.
+
+    >>> import torch
+    >>> from pyflowgen.nets import ConvResNet
+    >>> ConvResNet(3, 8, 6)(torch.randn(2, 3, 4, 4)).shape
+    torch.Size([2, 6, 4, 4])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        *,
+        blocks: int = 2,
+        activation: str = "relu",
+        context_features: int = 0,
+        weight_norm: bool = False,
+        zero_init_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels, self.context_features = in_channels, out_channels, context_features
+        if min(in_channels, hidden_channels, out_channels) < 1 or blocks < 0:
+            raise ValueError(
+                f"ConvResNet: in_channels={in_channels}, hidden_channels={hidden_channels}, "
+                f"out_channels={out_channels}, blocks={blocks}, expected positive numbers"
+            )
+        self.stem = _conv(in_channels, hidden_channels, 3, weight_norm)
+        self.context = nn.Linear(context_features, hidden_channels) if context_features else None
+        self.blocks = nn.Sequential(*[_ResidualBlock(hidden_channels, activation, weight_norm) for _ in range(blocks)])
+        self.head = nn.Sequential(_act(activation), nn.Conv2d(hidden_channels, out_channels, 1))
+        if zero_init_last:
+            _zero(self.head[-1])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        _check_context(self, context, self.context_features)
+        if x.dim() < 3 or x.shape[-3] != self.in_channels:
+            raise ValueError(f"ConvResNet: x has shape {tuple(x.shape)}, expected (..., {self.in_channels}, H, W)")
+        batch = x.shape[:-3]
+        h = self.stem(x.reshape(-1, *x.shape[-3:]))
+        if self.context is not None and context is not None:
+            c = self.context(context.to(h.dtype)).expand(*batch, -1)
+            h = h + c.reshape(-1, h.shape[1], 1, 1)
+        h = self.head(self.blocks(h))
+        return h.reshape(*batch, *h.shape[-3:])
+
+
+_act = activation  # the name is a parameter in the constructors above
+
+
+def _conv(n_in: int, n_out: int, size: int, weight_norm: bool) -> nn.Module:
+    conv = nn.Conv2d(n_in, n_out, size, padding=size // 2)
+    return nn.utils.parametrizations.weight_norm(conv) if weight_norm else conv
+
+
+def _zero(layer: nn.Module) -> None:
+    for p in layer.parameters():
+        nn.init.zeros_(p)

@@ -1,0 +1,360 @@
+"""Affine and additive coupling: the elementwise map of NICE, RealNVP and Glow with its log-determinant.
+
+In this order: reference, function with its gradient, layers, fake.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyflowgen import _native
+
+Scale = Literal["exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus"]
+Order = Literal["scale_shift", "shift_scale"]
+Layout = Literal["halves", "interleaved", "pairs"]
+
+# The place in the tuple is the code that the operators take; 0 is the additive coupling and separate tensors.
+_SCALES = ("additive", "exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus")
+_LAYOUTS = (None, "halves", "interleaved", "pairs")
+_DEFAULT_CLAMP = {"tanh": 2.0, "atan": 2.0, "softclip": -math.log(1e-3)}
+_ORDERS = ("scale_shift", "shift_scale")
+
+
+# ---------------------------------------------------------------------------------------------------- reference
+def _bounded_log_scale(s: Tensor, scale: str, clamp: float) -> tuple[Tensor, Tensor]:
+    """(a, l): the scale a = exp(l) and its logarithm l for the unconstrained ``s``."""
+    if scale == "sigmoid":
+        return torch.sigmoid(s + 2), F.logsigmoid(s + 2)
+    if scale == "sigmoid_eps":
+        a = torch.sigmoid(s + 2) + 1e-3
+        return a, torch.log(a)
+    if scale == "softplus":
+        a = -F.logsigmoid(-s) + 1e-3  # F.softplus turns linear at 20, an error of 2e-9
+        return a, torch.log(a)
+    if scale == "tanh":
+        s = clamp * torch.tanh(s / clamp)
+    elif scale == "softclip":
+        s = s / (1 + torch.abs(s / clamp))
+    elif scale == "atan":
+        s = clamp * 0.636 * torch.atan(s)
+    return torch.exp(s), s
+
+
+def _unpack(params: Tensor, log_scale: Tensor | None, layout: int, event_dim: int) -> tuple[Tensor, Tensor | None]:
+    """(shift, log_scale) as views of a conditioner's packed output."""
+    if layout == 1:
+        shift, log_scale = params.chunk(2, dim=-event_dim)
+    elif layout == 2:
+        index: tuple[slice, ...] = (slice(None),) * (event_dim - 1)
+        shift = params[(..., slice(0, None, 2), *index)]
+        log_scale = params[(..., slice(1, None, 2), *index)]
+    elif layout == 3:
+        shift, log_scale = params.unbind(-1)
+    else:
+        shift = params
+    return shift, log_scale
+
+
+def _reference(
+    x: Tensor,
+    params: Tensor,
+    log_scale: Tensor | None,
+    mask: Tensor | None,
+    layout: int,
+    start: int,
+    step: int,
+    scale: int,
+    clamp: float,
+    shift_first: bool,
+    inverse: bool,
+    event_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """The definition, in the operator's own arguments."""
+    dtype = x.dtype
+    if dtype in (torch.bfloat16, torch.float16):  # values and log-determinants in float32
+        x, params = x.float(), params.float()
+        log_scale = None if log_scale is None else log_scale.float()
+    shift, s = _unpack(params, log_scale, layout, event_dim)
+    dim = x.dim() - event_dim
+    whole = event_dim == 0 or shift.shape[dim] == x.shape[dim]
+    end = 0 if whole else start + (shift.shape[dim] - 1) * step + 1
+    part = x if whole else x[(slice(None),) * dim + (slice(start, end, step),)]
+    if mask is not None:  # zero parameters first: an inf there must not reach the gradient as NaN
+        shift = torch.where(mask, shift, 0)
+        s = None if s is None else torch.where(mask, s, 0)
+    if s is None:
+        y, logdet = (part - shift if inverse else part + shift), torch.zeros_like(part)
+    else:
+        a, logdet = _bounded_log_scale(s, _SCALES[scale], clamp)
+        if inverse:
+            y = part / a - shift if shift_first else (part - shift) / a
+            logdet = -logdet
+        else:
+            y = (part + shift) * a if shift_first else part * a + shift
+    if mask is not None:
+        y, logdet = torch.where(mask, y, part), torch.where(mask, logdet, 0)
+    if not whole:
+        y = torch.slice_scatter(x, y, dim, start, end, step)
+    if event_dim:
+        logdet = logdet.flatten(dim).sum(-1)
+    return y.to(dtype), logdet
+
+
+def affine_coupling_reference(
+    x: Tensor,
+    shift: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    scale: Scale = "exp",
+    clamp: float | None = None,
+    order: Order = "scale_shift",
+    inverse: bool = False,
+    event_dim: int = 1,
+    layout: Layout | None = None,
+    part: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch definition of :func:`affine_coupling`, with the same arguments."""
+    return _reference(*_arguments(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask))
+
+
+# ----------------------------------------------------------------------------------------------------- function
+def affine_coupling(
+    x: Tensor,
+    shift: Tensor,
+    log_scale: Tensor | None = None,
+    *,
+    scale: Scale = "exp",
+    clamp: float | None = None,
+    order: Order = "scale_shift",
+    inverse: bool = False,
+    event_dim: int = 1,
+    layout: Layout | None = None,
+    part: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Scale and shift every element, and return the log-determinant of the map.
+
+    .. math:: y = x\,e^{\ell(s)} + t \qquad \log|\det| = \sum_{event} \ell(s)
+
+    with :math:`t` = ``shift`` and :math:`s` = ``log_scale``; ``log_scale=None`` is NICE's additive coupling
+    :math:`y = x + t`. One pass over memory forward and one backward; nothing is kept but the inputs.
+
+    Args:
+        x: ``(*batch, *event)``, float64, float32, bfloat16 or float16, any strides.
+        shift: t, of x's shape or broadcastable to it; or the packed parameters when ``layout`` is given.
+        log_scale: s before the map ``scale``; as ``shift``. None with ``layout=None``: additive coupling.
+        scale: the map from s to the log-scale ℓ:
+
+            ================  =========================================  ===========================
+            ``"exp"``         s                                          RealNVP
+            ``"tanh"``        clamp·tanh(s/clamp)                        FrEIA's AllInOneBlock
+            ``"sigmoid"``     log σ(s+2)                                 Glow, normflows
+            ``"sigmoid_eps"`` log(σ(s+2) + 1e-3)                         nflows' coupling
+            ``"softclip"``    s/(1+abs(s)/clamp)                         zuko, clamp = -log 1e-3
+            ``"atan"``        clamp·0.636·atan(s)                        FrEIA's coupling blocks
+            ``"softplus"``    log(softplus(s) + 1e-3)                    nflows' autoregressive flow
+            ================  =========================================  ===========================
+        clamp: bound of ``tanh``, ``atan`` (default 2) and ``softclip`` (default -log 1e-3); others take none.
+        order: ``"scale_shift"`` as above, or Glow's ``"shift_scale"``, :math:`y = (x + t)\,e^{\ell}`.
+        inverse: apply the inverse map and return its log-determinant, :math:`-\sum\ell`.
+        event_dim: how many trailing dimensions the log-determinant sums: 1 for vectors, 3 for ``(C, H, W)`` images,
+            0 for the elementwise log-derivative.
+        layout: read a conditioner's packed output in place, without a copy, forward and backward. On the channel
+            dimension ``-event_dim``, twice as large as the transformed part: ``"halves"`` ``[shift | log_scale]``
+            (nflows) or ``"interleaved"`` ``shift, log_scale, shift, …`` (normflows, Glow). ``"pairs"``: one more
+            last dimension of 2, ``(shift, log_scale)`` (zuko).
+        part: ``(start, step)``: transform channels ``start, start + step, …`` only, as many as the parameters have,
+            and copy the others; a coupling layer's split, transform and merge in one pass.
+        mask: bool, broadcastable to the event shape: True is transformed, False copied (checkerboards). Parameters
+            under False are ignored and get zero gradient.
+
+    Returns:
+        ``(y, logdet)``: y of x's shape and dtype, logdet of the batch's shape, in float32 for 16-bit inputs.
+
+    Raises:
+        ValueError: a shape, dtype, device or option that does not fit, named with what was expected.
+        TypeError: an argument that is no floating-point tensor.
+
+    References:
+        Dinh, Krueger, Bengio, *NICE*, 2014. Dinh, Sohl-Dickstein, Bengio, *Density estimation using Real NVP*, 2016.
+        Kingma, Dhariwal, *Glow*, 2018.
+
+    Example:
+        >>> import torch, pyflowgen
+        >>> x, params = torch.randn(8, 3), torch.randn(8, 6)
+        >>> y, logdet = pyflowgen.affine_coupling(x, params, layout="halves")
+        >>> back, minus = pyflowgen.affine_coupling(y, params, layout="halves", inverse=True)
+        >>> torch.allclose(back, x, atol=1e-5), torch.allclose(minus, -logdet)
+        (True, True)
+    """
+    args = _arguments(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask)
+    x, params, s = args[:3]
+    if not _native.use_kernel("affine_coupling", x):
+        return _reference(*args)
+    if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad or (s is not None and s.requires_grad)):
+        y, logdet = _AffineCoupling.apply(*args)
+        return y, logdet
+    y, logdet = torch.ops.pyflowgen.affine_coupling(*args)
+    return y, logdet
+
+
+def _arguments(
+    x: Tensor,
+    shift: Tensor,
+    log_scale: Tensor | None,
+    scale: str,
+    clamp: float | None,
+    order: str,
+    inverse: bool,
+    event_dim: int,
+    layout: str | None,
+    part: tuple[int, int] | None,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, int, int, float, bool, bool, int]:
+    """Check everything once and return the operator's arguments; nothing is changed before all is known to fit."""
+    if not (isinstance(x, Tensor) and isinstance(shift, Tensor)):
+        raise TypeError(f"x and shift must be tensors, got {type(x).__name__} and {type(shift).__name__}")
+    if not 0 <= event_dim <= x.dim():
+        raise ValueError(f"event_dim must be between 0 and x's {x.dim()} dimensions, got {event_dim}")
+    if order not in _ORDERS:
+        raise ValueError(f"order must be one of {_ORDERS}, got {order!r}")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}")
+    if scale not in _SCALES[1:]:
+        raise ValueError(f"scale must be one of {_SCALES[1:]}, got {scale!r}")
+    if layout is not None and log_scale is not None:
+        raise ValueError(f"layout={layout!r} reads log_scale from shift: log_scale must be None")
+    default = _DEFAULT_CLAMP.get(scale)
+    if clamp is None:
+        clamp = default or 0.0
+    elif default is None:
+        raise ValueError(f"scale={scale!r} takes no clamp")
+    elif not clamp > 0:
+        raise ValueError(f"clamp must be positive, got {clamp}")
+
+    if torch.is_autocast_enabled(x.device.type):  # a log-determinant is not for half precision
+        x, shift = x.float(), shift.float()
+        log_scale = None if log_scale is None else log_scale.float()
+    for name, tensor in (("x", x), ("shift", shift), ("log_scale", log_scale)):
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, expected x's {x.dtype} on {x.device}; "
+                "convert it, or use torch.autocast"
+            )
+
+    code = _LAYOUTS.index(layout)
+    dim = x.dim() - event_dim
+    if event_dim == 0 and (code in (1, 2) or part is not None):
+        raise ValueError("event_dim=0 has no channel dimension: layout must be None or 'pairs', and part None")
+    target = list(x.shape)
+    start, step = (0, 1) if part is None else part
+    if part is not None:
+        # How many channels are transformed is the parameters' word.
+        sizes = [t.shape[dim] for t in (shift, log_scale) if t is not None and t.dim() > dim]
+        count = max(sizes, default=0) // (2 if code in (1, 2) else 1)
+        if start < 0 or step < 1 or count < 1 or start + (count - 1) * step >= x.shape[dim]:
+            raise ValueError(
+                f"part=(start={start}, step={step}) with {count} channels of parameters does not fit "
+                f"the {x.shape[dim]} channels of x, shape {tuple(x.shape)}"
+            )
+        target[dim] = count
+    if code == 0:
+        for name, tensor in (("shift", shift), ("log_scale", log_scale)):
+            if tensor is not None and tensor.shape != x.shape:
+                try:
+                    tensor = tensor.expand(target)
+                except RuntimeError:
+                    raise ValueError(
+                        f"{name} has shape {tuple(tensor.shape)}, expected {tuple(target)} or broadcastable to it"
+                    ) from None
+                if name == "shift":
+                    shift = tensor
+                else:
+                    log_scale = tensor
+    else:
+        if code == 3:
+            target.append(2)
+        else:
+            target[dim] *= 2
+        if list(shift.shape) != target:
+            raise ValueError(
+                f"shift has shape {tuple(shift.shape)}, expected {tuple(target)}: "
+                f"the packed parameters of x, shape {tuple(x.shape)}, in layout {layout!r}"
+            )
+    if mask is not None:
+        if part is not None:
+            raise ValueError("mask and part exclude each other")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.device != x.device:
+            raise ValueError(f"mask must be a bool tensor on {x.device}")
+        try:
+            mask = mask.expand(x.shape[dim:])
+        except RuntimeError:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, expected x's event shape {tuple(x.shape[dim:])}"
+            ) from None
+    code_scale = 0 if code == 0 and log_scale is None else _SCALES.index(scale)
+    return (
+        x, shift, log_scale, mask, code, start, step, code_scale, float(clamp), order == "shift_scale", bool(inverse),
+        event_dim,
+    )  # fmt: skip
+
+
+class _AffineCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(x, params, log_scale, mask)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return torch.ops.pyflowgen.affine_coupling(x, params, log_scale, mask, *options)
+
+    @staticmethod
+    def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def, override]
+        x, params, log_scale, mask = ctx.saved_tensors
+        blanks = (None,) * (1 + len(ctx.options))
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+            inputs = [t for t, need in zip((x, params, log_scale), ctx.needs_input_grad) if need]
+            outputs = _reference(x, params, log_scale, mask, *ctx.options)
+            pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet)) if g is not None and o.requires_grad]
+            grads = iter(
+                torch.autograd.grad(
+                    [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
+                )
+                if pairs
+                else [None] * len(inputs)
+            )
+            dx, dparams, dlog_scale = (next(grads) if need else None for need in ctx.needs_input_grad[:3])
+        else:
+            dx, dparams, dlog_scale = torch.ops.pyflowgen.affine_coupling_backward(
+                dy, dlogdet, x, params, log_scale, mask, *ctx.options
+            )
+        return dx, dparams, dlog_scale if log_scale is not None else None, *blanks
+
+
+# -------------------------------------------------------------------------------------------------------- fake
+def _dense(x: Tensor) -> Tensor:
+    """Strides for an output shaped like x: x's own order when x is dense, contiguous otherwise."""
+    return torch.empty_like(x)
+
+
+def _fake(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim):  # type: ignore[no-untyped-def]
+    dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
+    return _dense(x), x.new_empty(x.shape[: x.dim() - event_dim], dtype=dtype)
+
+
+def _fake_backward(dy, dlogdet, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def]
+    empty = x.new_empty(0)
+    return _dense(x), _dense(params), empty if log_scale is None else _dense(log_scale)
+
+
+_native.register("affine_coupling", _fake)
+_native.register("affine_coupling_backward", _fake_backward)

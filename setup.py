@@ -1,0 +1,66 @@
+"""Builds the compiled part with CMake and Ninja; everything else is in pyproject.toml.
+
+PYFLOWGEN_BUILD=auto|cpu|cuda|none   auto adds CUDA when nvcc is found; none makes the pure-Python package
+MAX_JOBS, TORCH_CUDA_ARCH_LIST       as for torch's own extensions
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+MODE = os.environ.get("PYFLOWGEN_BUILD", "auto")
+
+
+def cuda_architectures() -> str:
+    """TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") as CMake wants it ("80-real;90")."""
+    result = []
+    for name in os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0+PTX").replace(" ", ";").split(";"):
+        if name:
+            number = name.removesuffix("+PTX").replace(".", "")
+            result.append(number if name.endswith("+PTX") else f"{number}-real")
+    return ";".join(result)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+        import torch
+
+        compiler = os.environ.get("CXX", "g++")
+        if shutil.which(compiler) is None:
+            sys.exit(
+                f"pyflowgen: no C++ compiler ({compiler}) found. Install g++ >= 11, or install the pure-Python package, "
+                "which runs plain PyTorch: PYFLOWGEN_BUILD=none pip install ."
+            )
+        nvcc = shutil.which("nvcc")
+        cuda = MODE == "cuda" or (MODE == "auto" and nvcc is not None)
+        print(f"pyflowgen: building CPU{' and CUDA' if cuda else ''} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
+        # In place: next to the sources. Else: the package folder of the wheel under construction.
+        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        arguments = [
+            "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+            f"-DCMAKE_CXX_COMPILER={compiler}",
+            f"-DPYFLOWGEN_TORCH={Path(torch.__file__).parent}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPYFLOWGEN_WITH_CUDA={'ON' if cuda else 'OFF'}",
+        ]  # fmt: skip
+        if cuda:
+            arguments.append(f"-DCMAKE_CUDA_ARCHITECTURES={cuda_architectures()}")
+        jobs = os.environ.get("MAX_JOBS")
+        subprocess.run(["cmake", *arguments], check=True)
+        subprocess.run(["cmake", "--build", str(build), *(["-j", jobs] if jobs else [])], check=True)
+        subprocess.run(["cmake", "--install", str(build), "--prefix", str(target)], check=True)
+
+
+setup(
+    ext_modules=[] if MODE == "none" else [Extension("pyflowgen._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+)
