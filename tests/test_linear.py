@@ -23,7 +23,7 @@ from pyflowgen import Linear, linear, linear_reference
 
 ACTIVATIONS = tuple(module._ACTIVATIONS)
 FUSED = tuple(module._FUSED)
-SIZES = [(1, 1, 1), (3, 5, 17), (17, 123, 3), (123, 17, 33), (200, 300, 64), (300, 600, 129), (5, 64, 1), (33, 2, 40)]
+SIZES = [(1, 1, 1), (3, 5, 17), (17, 123, 3), (123, 17, 33), (200, 300, 64), (60, 600, 70), (5, 64, 1), (33, 2, 40)]
 EMPTY = [(0, 4, 5), (4, 0, 5), (4, 5, 0)]
 kernel = pytest.mark.skipif("library" not in pyflowgen.build_info(), reason="no compiled library")
 
@@ -55,7 +55,7 @@ def test_values_and_gradients_are_as_accurate_as_the_reference(activation: str) 
     for size in SIZES + EMPTY:
         errors = torch.zeros(2, 4)
         rounding = torch.zeros(4)
-        for _ in range(1 if size[0] * size[2] > 600 else 30):  # the largest error of few numbers is a matter of luck
+        for _ in range(1 if size[0] * size[2] > 600 else 10):  # the largest error of few numbers is a matter of luck
             args = inputs(*size)
             dy = torch.randn(size[0], size[2])
             exact_args = tuple(t.detach().double().requires_grad_() for t in args)
@@ -64,7 +64,8 @@ def test_values_and_gradients_are_as_accurate_as_the_reference(activation: str) 
                 for i, (t, e) in enumerate(zip(run(f, args, activation, dy), exact)):
                     assert t.shape == e.shape and t.dtype == torch.float32
                     errors[which, i] = max(errors[which, i], error(t, e))
-                    rounding[i] = torch.finfo(torch.float32).eps * (e.abs().max() if e.numel() else 0)
+                    largest = e.abs().max().item() if e.numel() else 0.0
+                    rounding[i] = max(rounding[i], torch.finfo(torch.float32).eps * largest)
         assert (errors[0] <= 2 * errors[1] + rounding).all(), (size, errors, rounding)
 
 
@@ -92,13 +93,13 @@ def test_special_values(activation: str) -> None:
     x = torch.tensor([0.0, -0.0, 1e-6, -1e-6, 100.0, -100.0, float("inf"), -float("inf"), float("nan")])[:, None]
     one = torch.ones(1, 1)
     torch.testing.assert_close(
-        linear(x, one, None, activation), linear_reference(x, one, None, activation), equal_nan=True, rtol=1e-6, atol=0
+        linear(x, one, None, activation), linear_reference(x, one, None, activation), equal_nan=True, rtol=1e-6, atol=1e-37
     )
     grads = []
     for f in (linear, linear_reference):
         z = x.clone().requires_grad_()
         grads.append(torch.autograd.grad(f(z, one, None, activation)[:6].sum(), z)[0][:6])
-    torch.testing.assert_close(*grads, rtol=1e-6, atol=0)
+    torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-37)
 
 
 def test_outputs_are_written_everywhere() -> None:

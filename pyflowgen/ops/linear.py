@@ -86,13 +86,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}")
         return _ACTIVATIONS[activation](linear(x, weight, bias))
-    result: Tensor
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
-        result = _Linear.apply(x, weight, bias, activation)
-        return result
-    _check(x, weight, bias)
-    result = torch.ops.pyflowgen.linear.default(x, weight, bias, _FUSED[activation], _packed(x, weight))
-    return result
+    try:
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _Linear.apply(x, weight, bias, activation)  # type: ignore[no-any-return]
+        return torch.ops.pyflowgen.linear.default(x, weight, bias, _FUSED[activation], _packed(x, weight))  # type: ignore[no-any-return]
+    except (AttributeError, IndexError, RuntimeError):  # the operator checks everything; this finds the words
+        _check(x, weight, bias)
+        raise
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -165,7 +167,6 @@ def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, activation):  # type: ignore[no-untyped-def, override]
-        _check(x, weight, bias)
         ctx.activation = activation
         args = x, weight, bias, _FUSED[activation], _packed(x, weight)
         if activation == "silu":
@@ -236,6 +237,7 @@ class Linear(nn.Linear):
 
 # -------------------------------------------------------------------------------------------------------- fake
 def _fake(x, weight, bias, activation, packed=None):  # type: ignore[no-untyped-def]
+    _check(x, weight, bias)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
