@@ -17,6 +17,28 @@
 
 namespace pyflowgen::PYFLOWGEN_ISA {
 
+// The first count elements at p, zeros after them; and the way back. Nothing past them is touched.
+template <class T> PYFLOWGEN_INLINE Pack<T> load_first(const T* p, int count) {
+  if (count == lanes<T>) return load<T>(p);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) return (Pack<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  else return (Pack<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+#else
+  T v[lanes<T>] = {};
+  for (int i = 0; i < count; ++i) v[i] = p[i];
+  return load<T>(v);
+#endif
+}
+template <class T> PYFLOWGEN_INLINE void store_first(T* p, Pack<T> v, int count) {
+  if (count == lanes<T>) return store<T>(p, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  else _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+#else
+  for (int i = 0; i < count; ++i) p[i] = v[i];
+#endif
+}
+
 // Accumulators: 14 x 2 of 32 registers, or 6 x 2 of 16; the rest holds one row of B and one element of A.
 template <class T> inline constexpr int tile_rows = vector_bytes == 64 ? 14 : 6;
 template <class T> inline constexpr int tile_columns = 2 * lanes<T>;
@@ -24,12 +46,12 @@ template <class T> inline constexpr int chunk_rows = 8 * tile_rows<T>;
 inline constexpr int depth_block = 256;
 inline constexpr int group_panels = 4;
 
-// tile[rows][tile_columns] = (accumulate ? tile : 0) + A[rows][depth] B[depth][tile_columns]; rows <= tile_rows.
+// out[rows][out_row..] = addend[rows][addend_row..] (0 when null) + A[rows][depth] B[depth][tile_columns]; rows <= tile_rows.
 //   A(m,k) = a[m * a_row + k * a_depth], where one of the strides is 1; b contiguous.
-//   columns: how many of the tile are asked for; the others may be left unset.
+//   columns: how many of the tile are asked for; whole vectors of them are written. addend_row 0: one row for all.
 template <class T>
 void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
-               bool accumulate, T* tile);
+               const T* addend, int64_t addend_row, T* out, int64_t out_row);
 
 // The same for at most narrow_columns columns and row-major A: vectors run along k, not along the nearly empty panel.
 // gemm_narrow_columns turns a block of B, [depth][tile_columns], into the columns this takes, zeros after them.
@@ -101,6 +123,12 @@ template <class T> PYFLOWGEN_INLINE bool gemm_copies(int64_t height, int64_t a_r
                       : height > tile_rows<T> && a_depth >= 1024 / int64_t(sizeof(T));
 }
 
+template <class T> struct Target {
+  T* out;
+  int64_t out_row;
+  const T* addend;  // one row, or null
+};
+
 // The epilogue on a finished tile, its first element being C(m, n).
 template <class T, class Epilogue>
 PYFLOWGEN_INLINE void finish(int64_t rows, int columns, const T* tile, int64_t m, int64_t n, const Epilogue& epilogue) {
@@ -117,6 +145,8 @@ PYFLOWGEN_INLINE void finish(int64_t rows, int columns, const T* tile, int64_t m
 
 // Tasks begin <= t < end of C[rows][columns] = A[rows][depth] B[depth][columns].
 //   epilogue(m, n, v, count): v holds C(m, n .. n + count - 1) in its first count lanes; 1 <= count <= lanes<T>.
+//   An epilogue that is no more than out = addend + C may also have target(m, n) -> Target of C(m, n): whole tiles are
+//   then stored from the registers.
 template <class T, class Matrix, class Epilogue>
 void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, const Matrix& b, int64_t begin, int64_t end,
           const Epilogue& epilogue) {
@@ -154,27 +184,22 @@ void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, cons
         if (narrow) gemm_narrow_columns<T>(used, part, block_b, columns);
         for (int64_t t = 0; t < steps; ++t) {
           const int64_t m = part_start(height, steps, t), n = part_start(height, steps, t + 1) - m;
+          if constexpr (requires { epilogue.target(0, 0); })
+            if (only && used == width) {
+              const auto [out, out_row, addend] = epilogue.target(first + m, panel * width);
+              gemm_tile<T>(int(n), used, part, block_a + m * row, row, step, block_b, addend, 0, out, out_row);
+              continue;
+            }
           T* tile = only ? tiles[0][0] : tiles[panel - from][m];
           if (narrow) gemm_narrow_tile<T>(int(n), used, part, block_a + m * row, row, columns, k > 0, tile);
-          else gemm_tile<T>(int(n), used, part, block_a + m * row, row, step, block_b, k > 0, tile);
+          else
+            gemm_tile<T>(int(n), used, part, block_a + m * row, row, step, block_b, k ? tile : nullptr, width, tile, width);
           if (last) finish<T>(n, used, tile, first + m, panel * width, epilogue);
         }
       }
       k += depth_block;
     } while (k < plan.depth);
   }
-}
-
-// The first count elements at p, zeros after them; and the way back.
-template <class T> PYFLOWGEN_INLINE Pack<T> load_first(const T* p, int count) {
-  if (count == lanes<T>) return load<T>(p);
-  T v[lanes<T>] = {};
-  for (int i = 0; i < count; ++i) v[i] = p[i];
-  return load<T>(v);
-}
-template <class T> PYFLOWGEN_INLINE void store_first(T* p, Pack<T> v, int count) {
-  if (count == lanes<T>) return store<T>(p, v);
-  for (int i = 0; i < count; ++i) p[i] = v[i];
 }
 
 }  // namespace pyflowgen::PYFLOWGEN_ISA

@@ -8,7 +8,8 @@ namespace {
 
 // One instance per height, so that the accumulators are registers and not an array in memory.
 template <class T, int rows, int vectors, bool row_major>
-[[gnu::noinline]] void tile_of(int64_t depth, const T* a, int64_t stride, const T* b, bool accumulate, T* tile) {
+[[gnu::noinline]] void tile_of(int64_t depth, const T* a, int64_t stride, const T* b, const T* addend, int64_t addend_row,
+                              T* out, int64_t out_row) {
   Pack<T> sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += tile_columns<T>) {
     Pack<T> bk[vectors];
@@ -25,15 +26,16 @@ template <class T, int rows, int vectors, bool row_major>
   for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
-      T* out = tile + m * tile_columns<T> + v * lanes<T>;
-      store<T>(out, accumulate ? load<T>(out) + sum[m][v] : sum[m][v]);
+      const int64_t at = v * lanes<T>;
+      store<T>(out + m * out_row + at, addend ? load<T>(addend + m * addend_row + at) + sum[m][v] : sum[m][v]);
     }
 }
 
-template <class T, int vectors, bool row_major, int... rows>
-PYFLOWGEN_INLINE void dispatch(int n, int64_t depth, const T* a, int64_t stride, const T* b, bool accumulate, T* tile,
-                               std::integer_sequence<int, rows...>) {
-  ((n == rows + 1 ? tile_of<T, rows + 1, vectors, row_major>(depth, a, stride, b, accumulate, tile) : void()), ...);
+template <class T, int vectors, bool row_major, int... rows, class... Args>
+PYFLOWGEN_INLINE void dispatch(std::integer_sequence<int, rows...>, int n, Args... args) {
+  using Tile = void (*)(Args...);
+  static constexpr Tile tiles[] = {tile_of<T, rows + 1, vectors, row_major>...};
+  tiles[n - 1](args...);
 }
 
 // Transpose of lanes x lanes elements by exchanging ever larger blocks across the diagonal.
@@ -60,14 +62,15 @@ template <class T, int step = 1> PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[la
 
 template <class T>
 void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
-               bool accumulate, T* tile) {
+               const T* addend, int64_t addend_row, T* out, int64_t out_row) {
   constexpr auto heights = std::make_integer_sequence<int, tile_rows<T>>();
   if (columns > lanes<T>) {
-    if (a_depth == 1) return dispatch<T, 2, true>(rows, depth, a, a_row, b, accumulate, tile, heights);
-    return dispatch<T, 2, false>(rows, depth, a, a_depth, b, accumulate, tile, heights);
+    if (a_depth == 1) dispatch<T, 2, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
+    else dispatch<T, 2, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
+  } else {
+    if (a_depth == 1) dispatch<T, 1, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
+    else dispatch<T, 1, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
   }
-  if (a_depth == 1) return dispatch<T, 1, true>(rows, depth, a, a_row, b, accumulate, tile, heights);
-  return dispatch<T, 1, false>(rows, depth, a, a_depth, b, accumulate, tile, heights);
 }
 
 template <class T>
@@ -145,7 +148,7 @@ void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t 
 }
 
 #define INSTANTIATE(T)                                                                                         \
-  template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, bool, T*);               \
+  template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, const T*, int64_t, T*, int64_t); \
   template void gemm_narrow_tile<T>(int, int, int64_t, const T*, int64_t, const T(*)[depth_block], bool, T*);             \
   template void gemm_pack<T>(int, int64_t, const T*, int64_t, int64_t, T*);
 INSTANTIATE(float)

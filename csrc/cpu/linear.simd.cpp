@@ -40,11 +40,25 @@ template <class F> PYFLOWGEN_INLINE void for_kind(Activation activation, const F
   }
 }
 
-template <class T> struct Store {  // out[rows][stride]
+template <class T> struct Store {  // out[rows][stride] = C + bias
   T* out;
   int64_t stride;
+  const T* bias = nullptr;
   PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
+    if (bias) v += load_first<T>(bias + n, count);
     store_first<T>(out + m * stride + n, v, count);
+  }
+  PYFLOWGEN_INLINE Target<T> target(int64_t m, int64_t n) const {
+    return {out + m * stride + n, stride, bias ? bias + n : nullptr};
+  }
+};
+
+template <Activation kind, class T> struct StoreActivated {
+  const LinearForward<T>& o;
+  PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
+    if (o.bias) v += load_first<T>(o.bias + n, count);
+    if (o.before) store_first<T>(o.before + m * o.out + n, v, count);
+    store_first<T>(o.y + m * o.out + n, activate<kind>(v), count);
   }
 };
 
@@ -115,15 +129,13 @@ template <class T> bool linear_pack_matches(int64_t in, int64_t out, const T* we
 template <class T> int64_t linear_tasks(const LinearForward<T>& o) { return forward_plan(o).tasks(); }
 
 template <class T> void linear(const LinearForward<T>& o, int64_t begin, int64_t end) {
-  for_kind(o.activation, [&]<Activation kind>() {
-    const auto epilogue = [&](int64_t m, int64_t n, Pack<T> v, int count) __attribute__((always_inline)) {
-      if (o.bias) v += load_first<T>(o.bias + n, count);
-      if (o.before) store_first<T>(o.before + m * o.out + n, v, count);
-      store_first<T>(o.y + m * o.out + n, activate<kind>(v), count);
-    };
-    if (o.packed) gemm<T>(forward_plan(o), o.x, o.x_stride, 1, PackedPanels<T>{o.packed, o.in}, begin, end, epilogue);
-    else gemm<T>(forward_plan(o), o.x, o.x_stride, 1, StridedMatrix<T>{o.weight, 1, o.in}, begin, end, epilogue);
-  });
+  const auto product = [&](const auto& epilogue) {
+    const GemmPlan plan = forward_plan(o);
+    if (o.packed) gemm<T>(plan, o.x, o.x_stride, 1, PackedPanels<T>{o.packed, o.in}, begin, end, epilogue);
+    else gemm<T>(plan, o.x, o.x_stride, 1, StridedMatrix<T>{o.weight, 1, o.in}, begin, end, epilogue);
+  };
+  if (o.activation == Activation::none && !o.before) return product(Store<T>{o.y, o.out, o.bias});
+  for_kind(o.activation, [&]<Activation kind>() { product(StoreActivated<kind, T>{o}); });
 }
 
 template <class T>
