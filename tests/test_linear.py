@@ -157,7 +157,7 @@ def test_same_bits_for_every_number_of_threads_and_rows() -> None:
 # ------------------------------------------------------------------------------------------------------ the panels
 @kernel
 def test_changed_weights_are_seen() -> None:
-    layer, x = Linear(40, 50), torch.randn(20, 40)
+    layer, x = Linear(70, 80), torch.randn(20, 70)
 
     def check() -> None:
         for _ in range(3):
@@ -170,22 +170,22 @@ def test_changed_weights_are_seen() -> None:
         layer(x).square().mean().backward()
         optimizer.step()
         check()
-    layer.load_state_dict(Linear(40, 50).state_dict())
+    layer.load_state_dict(Linear(70, 80).state_dict())
     check()
     with torch.no_grad():
-        layer.weight.copy_(torch.randn(50, 40))
+        layer.weight.copy_(torch.randn(80, 70))
         check()
         layer.weight[3, 4] += 1
         check()
         nn.init.zeros_(layer.weight)
         check()
-    layer.weight.data = torch.randn(50, 40)
+    layer.weight.data = torch.randn(80, 70)
     check()
     layer.weight.data.mul_(2)
     check()
-    layer.weight.data.lerp_(torch.randn(50, 40), 0.1)
+    layer.weight.data.lerp_(torch.randn(80, 70), 0.1)
     check()
-    layer.weight = nn.Parameter(torch.randn(50, 40))
+    layer.weight = nn.Parameter(torch.randn(80, 70))
     check()
     layer.double().float()
     check()
@@ -197,7 +197,7 @@ def test_changed_weights_are_seen() -> None:
     check()
     del old
     with torch.inference_mode():
-        layer = Linear(40, 50)
+        layer = Linear(70, 80)
     check()
 
 
@@ -206,9 +206,9 @@ def test_panels_die_with_their_weight() -> None:
     gc.collect()
     before = len(module._panels)
     for _ in range(5):
-        weight = torch.randn(8, 8)
+        weight = torch.randn(80, 80)
         for _ in range(2):
-            linear(torch.randn(4, 8), weight)
+            linear(torch.randn(4, 80), weight)
         assert len(module._panels) == before + 1
         del weight
     assert len(module._panels) == before
@@ -363,6 +363,19 @@ def test_bad_input() -> None:
         linear(x, [[1.0]], bias)
     with pytest.raises(ValueError, match="activation must be one of"):
         Linear(2, 3, activation="swish")
+
+
+def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_PLAIN", False)
+    large, small = torch.empty(1024, 1024), torch.empty(64, 64)
+    assert module._torch_is_faster(torch.empty(256, 1024), large, "none")
+    assert not module._torch_is_faster(torch.empty(255, 1024), large, "none")
+    assert not module._torch_is_faster(torch.empty(4096, 64), small, "none")
+    with torch.no_grad():
+        assert not module._torch_is_faster(torch.empty(256, 1024), large, "none")
+    monkeypatch.setattr(module, "_PLAIN", True)
+    assert module._torch_is_faster(torch.empty(1, 64), small, "none")
 
 
 def test_where_torch_is_faster_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
     .. math:: y = \phi(x W^\top + b)
 
     The product runs on packed panels of W with bias and activation applied while the result is in cache. The panels
-    of a weight are made once and kept for as long as the weight lives; they are made anew when its version counter
+    of a weight are made once and kept for as long as the weight lives (twice its memory, above 4096 elements, from the
+    second call on or from the first large batch); they are made anew when its version counter
     or its memory changes, so in-place updates, optimizers, ``load_state_dict`` and ``copy_`` need nothing special.
     Writes that hide from the version counter (``weight.data.mul_(…)``, ``weight.numpy()[…] = …``) are noticed when
     they change the weight as a whole (16 of its elements are compared at every call), but not when they change a few
@@ -65,9 +66,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
             in the same pass; ``"gelu"`` (exact), ``"elu"``, ``"softplus"`` in a second one, torch's own.
 
     Returns:
-        y, ``(*batch, out_features)``, in x's dtype. float32 and float64 on the CPU run here; other dtypes and
-        devices, and sizes at which torch's own product is faster, run :func:`torch.nn.functional.linear`. Under
-        autocast the result is that of torch's function.
+        y, ``(*batch, out_features)``, in x's dtype. float32 and float64 on the CPU run here. Other dtypes and devices
+        run :func:`torch.nn.functional.linear`, and so do calls at which that is faster: processors without AVX2, and
+        training with a weight of at least 2^20 elements at 256 rows or more. Under autocast the result is that of
+        torch's function.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown activation.
@@ -124,8 +126,21 @@ def _use_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+# The plain copy of the kernels, for processors without AVX2, is no match for a BLAS.
+_PLAIN = _native.build_info().get("instruction_set") == "baseline"
+# From here on (4 MB of float32 weights) a training step's two gradient products are memory-bound on panels made on the
+# way: measured 0.95-1.0 of torch's speed at 256 rows and more, 1.0-1.5 below either bound.
+_LARGE_WEIGHT, _LARGE_BATCH = 1 << 20, 256
+
+
 def _torch_is_faster(x: Tensor, weight: Tensor, activation: str) -> bool:
-    return False
+    """Whether to leave the call to torch's own product."""
+    if _PLAIN:
+        return True
+    if torch.compiler.is_compiling():  # a bound on the batch would become a guard
+        return False
+    size = weight.numel()
+    return size >= _LARGE_WEIGHT and x.numel() * weight.shape[0] >= _LARGE_BATCH * size and torch.is_grad_enabled()
 
 
 # id of a weight -> [weak reference to it, its version, its address, its panels or None]. Not an attribute of the
@@ -133,13 +148,15 @@ def _torch_is_faster(x: Tensor, weight: Tensor, activation: str) -> bool:
 _panels: dict[int, list] = {}
 # Up to so many rows panels made on the way cost no more than panels made beforehand for one use.
 _ONE_CHUNK = 112
+# Panels of such a weight are made on the way in less time than it takes to look them up.
+_SMALL_WEIGHT = 1 << 12
 
 
 def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     """The panels of ``weight``; None when they do not pay: a small batch that meets this version for the first time."""
     if torch.compiler.is_compiling() or (type(weight) is not nn.Parameter and type(weight) is not Tensor):
         return None
-    if weight.is_inference():  # has no version
+    if weight.numel() <= _SMALL_WEIGHT or weight.is_inference():  # inference tensors have no version
         return None
     key, version, address = id(weight), weight._version, weight.data_ptr()
     entry = _panels.get(key)
