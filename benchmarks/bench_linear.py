@@ -1,4 +1,4 @@
-"""The product under every layer: 8-64 rows of a wide layer, batches of a flow's MLP, and its skinny first and last layers.
+"""The product under every layer: 8-64 rows of a wide layer, batches of a flow's MLP, its skinny first and last layers.
 
 The rivals are torch's own forms of it: ``F.linear`` (the reference), ``torch.addmm``, and a channels-last 1x1
 convolution (oneDNN), each followed by its own pass for the activation.

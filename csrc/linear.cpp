@@ -12,8 +12,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyflowgen, m) {
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? packed=None) -> Tensor");
   m.def("linear_keep(Tensor x, Tensor weight, Tensor? bias, int activation, Tensor? packed=None) -> (Tensor, Tensor)");
   m.def("linear_pack(Tensor weight) -> Tensor");
-  m.def("linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? saved, int activation, bool need_dx, "
-        "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? saved, int activation, bool need_dx, "
+      "bool need_dweight, bool need_dbias) -> (Tensor, Tensor, Tensor)");
 }
 
 }  // namespace pyflowgen

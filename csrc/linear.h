@@ -18,25 +18,29 @@ inline constexpr int64_t activations = 6;
 // The slope torch.nn.functional.leaky_relu has by default.
 inline constexpr double leaky_slope = 0.01;
 
-template <class T> struct LinearForward {
+template <class T>
+struct LinearForward {
   int64_t batch, in, out, threads;
-  const T* x; int64_t x_stride;  // [batch][in], rows x_stride apart
-  const T* weight;               // [out][in]
-  const T* packed;               // what linear_pack wrote for this weight, or null: packed on the way
-  const T* bias;                 // [out] or null
+  const T* x;
+  int64_t x_stride;  // [batch][in], rows x_stride apart
+  const T* weight;   // [out][in]
+  const T* packed;   // what linear_pack wrote for this weight, or null: packed on the way
+  const T* bias;     // [out] or null
   Activation activation;
-  T* y;                          // [batch][out]
-  T* before;                     // [batch][out], the argument of the activation; null: not wanted
+  T* y;       // [batch][out]
+  T* before;  // [batch][out], the argument of the activation; null: not wanted
 };
 
-template <class T> struct LinearBackward {
+template <class T>
+struct LinearBackward {
   int64_t batch, in, out, threads;
-  const T* dy;                   // [batch][out], after linear_activation_backward
-  const T* x; int64_t x_stride;  // [batch][in]
-  const T* weight;               // [out][in]
-  T* dx;                         // [batch][in] = dy weight
-  T* dweight;                    // [out][in] = dy^T x
-  T* dbias;                      // [out] = sum of dy over the batch
+  const T* dy;  // [batch][out], after linear_activation_backward
+  const T* x;
+  int64_t x_stride;  // [batch][in]
+  const T* weight;   // [out][in]
+  T* dx;             // [batch][in] = dy weight
+  T* dweight;        // [out][in] = dy^T x
+  T* dbias;          // [out] = sum of dy over the batch
 };
 
 // clang-format off

@@ -36,7 +36,11 @@ def _always_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(batch: int, features: int, out: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, bias = torch.randn(batch, features), torch.randn(out, features) / max(1, features) ** 0.5, torch.randn(out)
+    x, weight, bias = (
+        torch.randn(batch, features),
+        torch.randn(out, features) / max(1, features) ** 0.5,
+        torch.randn(out),
+    )
     return x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()
 
 
@@ -61,7 +65,7 @@ def test_values_and_gradients_are_as_accurate_as_the_reference(activation: str) 
             exact_args = tuple(t.detach().double().requires_grad_() for t in args)
             exact = run(linear_reference, exact_args, activation, dy.double())
             for which, f in enumerate((linear, linear_reference)):
-                for i, (t, e) in enumerate(zip(run(f, args, activation, dy), exact)):
+                for i, (t, e) in enumerate(zip(run(f, args, activation, dy), exact, strict=True)):
                     assert t.shape == e.shape and t.dtype == torch.float32
                     errors[which, i] = max(errors[which, i], error(t, e))
                     largest = e.abs().max().item() if e.numel() else 0.0
@@ -73,18 +77,22 @@ def test_values_and_gradients_are_as_accurate_as_the_reference(activation: str) 
 def test_integers_are_exact(dtype: torch.dtype) -> None:
     """Sums of small integers are exact in any order, so that nothing may differ."""
     for batch, features, out in [*SIZES, *EMPTY, (40, 1030, 70), (113, 260, 200)]:
-        args = tuple(torch.randint(-4, 5, s).to(dtype).requires_grad_() for s in ((batch, features), (out, features), (out,)))
+        args = tuple(
+            torch.randint(-4, 5, s).to(dtype).requires_grad_() for s in ((batch, features), (out, features), (out,))
+        )
         dy = torch.randint(-4, 5, (batch, out)).to(dtype)
         for activation in ("none", "relu"):
             for _ in range(2):  # panels made on the way, then those that were kept
-                for a, b in zip(run(linear, args, activation, dy), run(linear_reference, args, activation, dy)):
+                for a, b in zip(
+                    run(linear, args, activation, dy), run(linear_reference, args, activation, dy), strict=True
+                ):
                     assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("activation", FUSED)
 def test_values_in_float64(activation: str) -> None:
     args, dy = inputs(33, 70, 19, torch.float64), torch.randn(33, 19, dtype=torch.float64)
-    for a, b in zip(run(linear, args, activation, dy), run(linear_reference, args, activation, dy)):
+    for a, b in zip(run(linear, args, activation, dy), run(linear_reference, args, activation, dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
 
@@ -93,7 +101,11 @@ def test_special_values(activation: str) -> None:
     x = torch.tensor([0.0, -0.0, 1e-6, -1e-6, 100.0, -100.0, float("inf"), -float("inf"), float("nan")])[:, None]
     one = torch.ones(1, 1)
     torch.testing.assert_close(
-        linear(x, one, None, activation), linear_reference(x, one, None, activation), equal_nan=True, rtol=1e-6, atol=1e-37
+        linear(x, one, None, activation),
+        linear_reference(x, one, None, activation),
+        equal_nan=True,
+        rtol=1e-6,
+        atol=1e-37,
     )
     grads = []
     for f in (linear, linear_reference):
@@ -117,9 +129,17 @@ def test_shapes_and_layouts() -> None:
     _, weight, bias = inputs(1, 12, 7)
     base = torch.randn(6, 5, 12)
     views = [
-        base, base[0, 0], base.transpose(0, 1), base[:, :, None].expand(6, 5, 3, 12), base[::2], base.new_zeros(0, 5, 12),
-        torch.randn(6, 24)[:, ::2], torch.randn(6, 30)[:, 3:15], torch.randn(12, 9).T, torch.randn(1, 12).expand(4, 12),
-    ]  # fmt: skip
+        base,
+        base[0, 0],
+        base.transpose(0, 1),
+        base[:, :, None].expand(6, 5, 3, 12),
+        base[::2],
+        base.new_zeros(0, 5, 12),
+        torch.randn(6, 24)[:, ::2],
+        torch.randn(6, 30)[:, 3:15],
+        torch.randn(12, 9).T,
+        torch.randn(1, 12).expand(4, 12),
+    ]
     for x, w in itertools.product(views, (weight, torch.randn(12, 7).T, torch.randn(7, 1).expand(7, 12))):
         x = x.detach().requires_grad_()
         y = linear(x, w, bias, "tanh")
@@ -132,7 +152,7 @@ def test_shapes_and_layouts() -> None:
 def test_only_the_gradients_asked_for() -> None:
     for needs in itertools.product((False, True), repeat=3):
         if any(needs):
-            args = [t.detach().requires_grad_(need) for t, need in zip(inputs(9, 4, 6), needs)]
+            args = [t.detach().requires_grad_(need) for t, need in zip(inputs(9, 4, 6), needs, strict=True)]
             linear(*args, "silu").sum().backward()
             assert [t.grad is not None for t in args] == list(needs)
 
@@ -148,7 +168,7 @@ def test_same_bits_for_every_number_of_threads_and_rows() -> None:
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
     if "library" in pyflowgen.build_info():
         with torch.no_grad():
             assert torch.equal(linear(args[0][13:20], *args[1:], "silu"), results[0][0][13:20])
@@ -312,7 +332,8 @@ def test_compile_and_export() -> None:
         y, expected = compiled(x), layer(x)
         torch.testing.assert_close(y, expected)
         torch.testing.assert_close(
-            torch.autograd.grad(y.sum(), [x, *layer.parameters()]), torch.autograd.grad(expected.sum(), [x, *layer.parameters()])
+            torch.autograd.grad(y.sum(), [x, *layer.parameters()]),
+            torch.autograd.grad(expected.sum(), [x, *layer.parameters()]),
         )
     x = torch.randn(7, 5)
     batch_size = torch.export.Dim("batch")
@@ -325,9 +346,13 @@ def test_torch_func_is_the_reference() -> None:
     batched = torch.func.vmap(lambda row: linear(row, weight, bias, "silu"))(x)
     torch.testing.assert_close(batched, linear_reference(x, weight, bias, "silu"))
     tangent = torch.randn_like(x)
-    forward = [torch.func.jvp(lambda x, f=f: f(x, weight, bias, "silu"), (x,), (tangent,)) for f in (linear, linear_reference)]
+    forward = [
+        torch.func.jvp(lambda x, f=f: f(x, weight, bias, "silu"), (x,), (tangent,)) for f in (linear, linear_reference)
+    ]
     torch.testing.assert_close(*forward)
-    hessians = [torch.func.hessian(lambda x, f=f: f(x, weight, bias, "tanh").sum())(x[0]) for f in (linear, linear_reference)]
+    hessians = [
+        torch.func.hessian(lambda x, f=f: f(x, weight, bias, "tanh").sum())(x[0]) for f in (linear, linear_reference)
+    ]
     torch.testing.assert_close(*hessians)
 
 

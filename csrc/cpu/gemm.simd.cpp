@@ -8,8 +8,8 @@ namespace {
 
 // One instance per height, so that the accumulators are registers and not an array in memory.
 template <class T, int rows, int vectors, bool row_major>
-[[gnu::noinline]] void tile_of(int64_t depth, const T* a, int64_t stride, const T* b, const T* addend, int64_t addend_row,
-                              T* out, int64_t out_row) {
+[[gnu::noinline]] void tile_of(int64_t depth, const T* a, int64_t stride, const T* b, const T* addend,
+                               int64_t addend_row, T* out, int64_t out_row) {
   Pack<T> sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += tile_columns<T>) {
     Pack<T> bk[vectors];
@@ -39,7 +39,8 @@ PYFLOWGEN_INLINE void dispatch(std::integer_sequence<int, rows...>, int n, Args.
 }
 
 // Transpose of lanes x lanes elements by exchanging ever larger blocks across the diagonal.
-template <class T, int step = 1> PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
+template <class T, int step = 1>
+PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
   if constexpr (step < lanes<T>) {
     using Index = Pack<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
     Index low, high;
@@ -65,11 +66,15 @@ void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, 
                const T* addend, int64_t addend_row, T* out, int64_t out_row) {
   constexpr auto heights = std::make_integer_sequence<int, tile_rows<T>>();
   if (columns > lanes<T>) {
-    if (a_depth == 1) dispatch<T, 2, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
-    else dispatch<T, 2, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
+    if (a_depth == 1)
+      dispatch<T, 2, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
+    else
+      dispatch<T, 2, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
   } else {
-    if (a_depth == 1) dispatch<T, 1, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
-    else dispatch<T, 1, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
+    if (a_depth == 1)
+      dispatch<T, 1, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
+    else
+      dispatch<T, 1, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
   }
 }
 
@@ -143,13 +148,14 @@ void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t 
         for (int n = 0; n < side; ++n) store<T>(panel + (k + n) * width, v[n]);
       }
     for (; k < depth; ++k)
-      for (int n = 0; n < side; ++n) panel[k * width + n] = left + n < columns ? from[n * b_column + k * b_depth] : T(0);
+      for (int n = 0; n < side; ++n)
+        panel[k * width + n] = left + n < columns ? from[n * b_column + k * b_depth] : T(0);
   }
 }
 
-#define INSTANTIATE(T)                                                                                         \
+#define INSTANTIATE(T)                                                                                                 \
   template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, const T*, int64_t, T*, int64_t); \
-  template void gemm_narrow_tile<T>(int, int, int64_t, const T*, int64_t, const T(*)[depth_block], bool, T*);             \
+  template void gemm_narrow_tile<T>(int, int, int64_t, const T*, int64_t, const T(*)[depth_block], bool, T*);          \
   template void gemm_pack<T>(int, int64_t, const T*, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -56,7 +56,8 @@ Rows rows_of(const Tensor& x, int64_t in) {
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  STD_TORCH_CHECK(weight.dim() == 2, "linear: weight must be (out_features, in_features), got shape ", shape_of(weight));
+  STD_TORCH_CHECK(weight.dim() == 2, "linear: weight must be (out_features, in_features), got shape ",
+                  shape_of(weight));
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == weight.size(1), "linear: x of shape ", shape_of(x),
                   " must end in in_features = ", weight.size(1), " of weight ", shape_of(weight));
   STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "linear: bias must have shape (",
@@ -67,8 +68,14 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
                   "linear: the kernel takes float32 and float64");
 }
 
-template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
-template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+template <class T>
+T* out(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
 
 int64_t threads_for(int64_t work) {
   if (work < 2 * work_per_thread) return 1;
@@ -76,17 +83,20 @@ int64_t threads_for(int64_t work) {
 }
 
 // f(part) for part = 0 .. threads - 1.
-template <class F> void in_threads(int64_t threads, const F& f) {
+template <class F>
+void in_threads(int64_t threads, const F& f) {
   if (threads == 1) return f(0);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
 
-template <class T> Tensor pack(const Tensor& weight) {
+template <class T>
+Tensor pack(const Tensor& weight) {
   const int64_t out_features = weight.size(0), in = weight.size(1);
   const Tensor packed = empty({PYFLOWGEN_CALL(linear_packed_size<T>, in, out_features)}, weight);
-  const int64_t tasks = PYFLOWGEN_CALL(linear_pack_tasks<T>, out_features), threads = threads_for(8 * in * out_features);
+  const int64_t tasks = PYFLOWGEN_CALL(linear_pack_tasks<T>, out_features),
+                threads = threads_for(8 * in * out_features);
   in_threads(threads, [&](int64_t i) {
     PYFLOWGEN_CALL(linear_pack<T>, in, out_features, data<T>(weight), out<T>(packed), tasks * i / threads,
                    tasks * (i + 1) / threads);
@@ -103,13 +113,21 @@ void forward(const Rows& x, const Tensor& weight, const std::optional<Tensor>& b
       packed->scalar_type() == weight.scalar_type() &&
       PYFLOWGEN_CALL(linear_pack_matches<T>, in, out_features, data<T>(weight), data<T>(*packed)))
     panels = data<T>(*packed);
-  LinearForward<T> o{x.count, in, out_features, threads_for(x.count * in * out_features), data<T>(x.x), x.stride,
-                     data<T>(weight), panels, bias ? data<T>(*bias) : nullptr, activation,
-                     out<T>(y), before ? out<T>(*before) : nullptr};
+  LinearForward<T> o{x.count,
+                     in,
+                     out_features,
+                     threads_for(x.count * in * out_features),
+                     data<T>(x.x),
+                     x.stride,
+                     data<T>(weight),
+                     panels,
+                     bias ? data<T>(*bias) : nullptr,
+                     activation,
+                     out<T>(y),
+                     before ? out<T>(*before) : nullptr};
   const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
-  in_threads(o.threads, [&](int64_t i) {
-    PYFLOWGEN_CALL(linear<T>, o, tasks * i / o.threads, tasks * (i + 1) / o.threads);
-  });
+  in_threads(o.threads,
+             [&](int64_t i) { PYFLOWGEN_CALL(linear<T>, o, tasks * i / o.threads, tasks * (i + 1) / o.threads); });
 }
 
 template <class T>
@@ -120,13 +138,21 @@ void backward(const Tensor& dy, const Rows& x, const Tensor& weight, const Tenso
     const int64_t threads = threads_for(8 * count);
     in_threads(threads, [&](int64_t i) {
       const int64_t begin = count * i / threads, end = count * (i + 1) / threads;
-      PYFLOWGEN_CALL(linear_activation_backward<T>, activation, end - begin, data<T>(dy) + begin, data<T>(*saved) + begin,
-                     out<T>(*dz) + begin);
+      PYFLOWGEN_CALL(linear_activation_backward<T>, activation, end - begin, data<T>(dy) + begin,
+                     data<T>(*saved) + begin, out<T>(*dz) + begin);
     });
   }
-  LinearBackward<T> o{x.count, in, out_features, threads_for((int(bool(dx)) + bool(dweight)) * count * in),
-                      data<T>(dz ? *dz : dy), data<T>(x.x), x.stride, data<T>(weight), dx ? out<T>(*dx) : nullptr,
-                      dweight ? out<T>(*dweight) : nullptr, dbias ? out<T>(*dbias) : nullptr};
+  LinearBackward<T> o{x.count,
+                      in,
+                      out_features,
+                      threads_for((int(bool(dx)) + bool(dweight)) * count * in),
+                      data<T>(dz ? *dz : dy),
+                      data<T>(x.x),
+                      x.stride,
+                      data<T>(weight),
+                      dx ? out<T>(*dx) : nullptr,
+                      dweight ? out<T>(*dweight) : nullptr,
+                      dbias ? out<T>(*dbias) : nullptr};
   const int64_t dx_tasks = dx ? PYFLOWGEN_CALL(linear_dx_tasks<T>, o) : 0;
   const int64_t dweight_tasks = dweight ? PYFLOWGEN_CALL(linear_dweight_tasks<T>, o) : 0;
   const int64_t dbias_tasks = dbias ? PYFLOWGEN_CALL(linear_dbias_tasks<T>, o) : 0;
@@ -157,9 +183,10 @@ Tensor run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
            const std::optional<Tensor>& packed, const Tensor* before) {
   const Tensor y = empty_result(x, weight.size(0));
   const Rows rows = rows_of(x, weight.size(1));
-  (x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>)(
-      rows, dense(weight), bias ? std::optional(dense(*bias)) : bias, activation_of(activation),
-      packed ? &*packed : nullptr, y, before);
+  (x.scalar_type() == ScalarType::Float ? forward<float> : forward<double>)(rows, dense(weight),
+                                                                            bias ? std::optional(dense(*bias)) : bias,
+                                                                            activation_of(activation),
+                                                                            packed ? &*packed : nullptr, y, before);
   return y;
 }
 
@@ -184,14 +211,14 @@ Tensor linear_pack(Tensor weight) {
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor weight, std::optional<Tensor> saved,
-                                                   int64_t code, bool need_dx, bool need_dweight,
-                                                   bool need_dbias) {
+                                                   int64_t code, bool need_dx, bool need_dweight, bool need_dbias) {
   const Activation activation = activation_of(code);
   check(x, weight, std::nullopt);
   const int64_t out_features = weight.size(0), in = weight.size(1);
   const Rows rows = rows_of(x, in);
   STD_TORCH_CHECK(dy.numel() == rows.count * out_features && dy.scalar_type() == x.scalar_type(),
-                  "linear_backward: dy of shape ", shape_of(dy), " does not fit x ", shape_of(x), " and weight ", shape_of(weight));
+                  "linear_backward: dy of shape ", shape_of(dy), " does not fit x ", shape_of(x), " and weight ",
+                  shape_of(weight));
   const bool acts = activation != Activation::none;
   STD_TORCH_CHECK(!acts || (saved && saved->numel() == dy.numel() && saved->scalar_type() == x.scalar_type()),
                   "linear_backward: saved must have dy's shape ", shape_of(dy));
@@ -203,8 +230,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(Tensor dy, Tensor x, Tensor w
   const Tensor dbias = need_dbias ? empty({out_features}, x) : empty({0}, x);
   std::optional<Tensor> dz;
   if (acts) dz = empty({rows.count, out_features}, x);
-  (x.scalar_type() == ScalarType::Float ? backward<float> : backward<double>)(dy, rows, weight, acts ? &*saved : nullptr, dz ? &*dz : nullptr, activation, need_dx ? &dx : nullptr,
-      need_dweight ? &dweight : nullptr, need_dbias ? &dbias : nullptr);
+  (x.scalar_type() == ScalarType::Float
+       ? backward<float>
+       : backward<double>)(dy, rows, weight, acts ? &*saved : nullptr, dz ? &*dz : nullptr, activation,
+                           need_dx ? &dx : nullptr, need_dweight ? &dweight : nullptr, need_dbias ? &dbias : nullptr);
   return {dx, dweight, dbias};
 }
 

@@ -33,9 +33,7 @@ _FUSED = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "tanh": 4, "sigmoid"
 
 
 # ---------------------------------------------------------------------------------------------------- reference
-def linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = "none"
-) -> Tensor:
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Activation = "none") -> Tensor:
     """Plain PyTorch definition of :func:`linear`, with the same arguments."""
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(_ACTIVATIONS)}, got {activation!r}")
@@ -92,8 +90,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return _Linear.apply(x, weight, bias, activation)  # type: ignore[no-any-return]
-        return torch.ops.pyflowgen.linear.default(x, weight, bias, _FUSED[activation], _packed(x, weight))  # type: ignore[no-any-return]
+            return _Linear.apply(x, weight, bias, activation)  # type: ignore[no-untyped-call]
+        return torch.ops.pyflowgen.linear.default(x, weight, bias, _FUSED[activation], _packed(x, weight))
     except (AttributeError, IndexError, RuntimeError):  # the operator checks everything; this finds the words
         _check(x, weight, bias)
         raise
@@ -163,7 +161,7 @@ def _packed(x: Tensor, weight: Tensor) -> Tensor | None:
     if entry is not None and entry[0]() is weight and entry[1] == version and entry[2] == address:
         if entry[3] is None:
             entry[3] = torch.ops.pyflowgen.linear_pack.default(weight.detach())
-        return entry[3]  # type: ignore[no-any-return]
+        return entry[3]
     panels = None
     if x.numel() > _ONE_CHUNK * weight.shape[1]:
         panels = torch.ops.pyflowgen.linear_pack.default(weight.detach())
@@ -183,7 +181,7 @@ def _forget(key: int, dead: weakref.ref[Tensor]) -> None:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, activation):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, weight, bias, activation):  # type: ignore[no-untyped-def]
         ctx.activation = activation
         args = x, weight, bias, _FUSED[activation], _packed(x, weight)
         if activation == "silu":
@@ -195,7 +193,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy):  # type: ignore[no-untyped-def]
         x, weight, bias, saved = ctx.saved_tensors
         need_dx, need_dweight, need_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
@@ -259,7 +257,7 @@ def _fake(x, weight, bias, activation, packed=None):  # type: ignore[no-untyped-
 
 
 def _fake_keep(x, weight, bias, activation, packed=None):  # type: ignore[no-untyped-def]
-    y = _fake(x, weight, bias, activation)
+    y = _fake(x, weight, bias, activation)  # type: ignore[no-untyped-call]
     return y, torch.empty_like(y)
 
 
