@@ -65,16 +65,20 @@ void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, 
                const T* addend, int64_t addend_row, T* out, int64_t out_row);
 
 // The same for at most narrow_columns columns and row-major A: vectors run along k, not along the nearly empty panel.
-// gemm_narrow_columns turns a block of B, [depth][tile_columns], into the columns this takes, zeros after them.
+// gemm_narrow_columns takes the columns out of a block of B, zeros after them.
 inline constexpr int narrow_columns = 4;
 template <class T>
 void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, const T (*b)[depth_block],
                       bool accumulate, T* tile);
 template <class T>
-PYFLOWGEN_INLINE void gemm_narrow_columns(int columns, int64_t depth, const T* block, T (*b)[depth_block]) {
+PYFLOWGEN_INLINE void gemm_narrow_columns(int columns, int64_t depth, const T* from, int64_t b_depth, int64_t b_column,
+                                          T (*b)[depth_block]) {
   const int64_t padded = (depth + lanes<T> - 1) / lanes<T> * lanes<T>;
-  for (int n = 0; n < narrow_columns; ++n)
-    for (int64_t k = 0; k < padded; ++k) b[n][k] = n < columns && k < depth ? block[k * tile_columns<T> + n] : T(0);
+  for (int n = 0; n < narrow_columns; ++n) {
+    const int64_t count = n < columns ? depth : 0;
+    for (int64_t k = 0; k < count; ++k) b[n][k] = from[k * b_depth + n * b_column];
+    std::fill(b[n] + count, b[n] + padded, T(0));
+  }
 }
 
 // panel[depth][tile_columns] = B(k,n) for n < columns, 0 for the others; B(k,n) = b[k * b_depth + n * b_column],
@@ -90,6 +94,9 @@ struct PackedPanels {
   PYFLOWGEN_INLINE const T* block(int64_t panel, int64_t k, int, int64_t, T*) const {
     return panels + (panel * depth + k) * tile_columns<T>;
   }
+  PYFLOWGEN_INLINE void narrow(int64_t panel, int64_t k, int columns, int64_t part, T (*b)[depth_block]) const {
+    gemm_narrow_columns<T>(columns, part, panels + (panel * depth + k) * tile_columns<T>, tile_columns<T>, 1, b);
+  }
 };
 
 // B as it lies in memory, packed block by block on the way: a few percent dearer at full chunks.
@@ -100,6 +107,10 @@ struct StridedMatrix {
   PYFLOWGEN_INLINE const T* block(int64_t panel, int64_t k, int columns, int64_t depth, T* buffer) const {
     gemm_pack<T>(columns, depth, b + k * b_depth + panel * tile_columns<T> * b_column, b_depth, b_column, buffer);
     return buffer;
+  }
+  PYFLOWGEN_INLINE void narrow(int64_t panel, int64_t k, int columns, int64_t part, T (*out)[depth_block]) const {
+    const T* from = b + k * b_depth + panel * tile_columns<T> * b_column;
+    gemm_narrow_columns<T>(columns, part, from, b_depth, b_column, out);
   }
 };
 
@@ -198,8 +209,8 @@ void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, cons
       for (int64_t panel = from; panel < to; ++panel) {
         const int used = int(std::min<int64_t>(width, plan.columns - panel * width));
         const bool narrow = used <= narrow_columns && a_depth == 1 && plan.depth >= lanes<T>;
-        const T* block_b = b.block(panel, k, used, part, buffer);
-        if (narrow) gemm_narrow_columns<T>(used, part, block_b, columns);
+        const T* block_b = narrow ? nullptr : b.block(panel, k, used, part, buffer);
+        if (narrow) b.narrow(panel, k, used, part, columns);
         for (int64_t t = 0; t < steps; ++t) {
           const int64_t m = part_start(height, steps, t), n = part_start(height, steps, t + 1) - m;
           if constexpr (requires { epilogue.target(0, 0); })
