@@ -21,7 +21,7 @@ template <AffineScale S, class V> PYFLOWGEN_FORMULA ScaleValue<V> scale_value(V 
     const V small = u < zero ? e : one, large = u < zero ? one : e;
     const V sigma = small / (one + e);
     if constexpr (S == AffineScale::sigmoid) {
-      return {sigma, (one + e) / small, (u < zero ? u : zero) - log1p(e), large / (one + e)};
+      return {sigma, (one + e) / small, (u < zero ? u : zero) - log1p_unit(e), large / (one + e)};
     } else {
       const V a = sigma + splat<V>(1e-3);
       return {a, one / a, log(a), sigma * (large / (one + e)) / a};

@@ -21,8 +21,8 @@ class RealNVP(Flow):
     come in pairs that transform one half each; between the pairs the dimensions are permuted.
 
     *Images* (`(C, H, W)`): on each of `scales` scales 3 checkerboard couplings, a 2×2 squeeze, 3 channel-wise
-    couplings, and half of the channels leave as latents; the last scale has 4 checkerboard couplings. An `ActNorm` takes
-    the place of the paper's batch normalisation. Latents are flat, `(..., C·H·W)`.
+    couplings, and half of the channels leave as latents; the last scale has 4 checkerboard couplings. An `ActNorm`
+    takes the place of the paper's batch normalisation. Latents are flat, `(..., C·H·W)`.
 
     Args:
         event_shape: shape of one datum. H and W must be divisible by :math:`2^{scales-1}`.
