@@ -208,7 +208,7 @@ void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, cons
       if (copies) block_a = copy;
       for (int64_t panel = from; panel < to; ++panel) {
         const int used = int(std::min<int64_t>(width, plan.columns - panel * width));
-        const bool narrow = used <= narrow_columns && a_depth == 1 && plan.depth >= lanes<T>;
+        const bool narrow = used <= narrow_columns && used < width && a_depth == 1 && plan.depth >= lanes<T>;
         const T* block_b = narrow ? nullptr : b.block(panel, k, used, part, buffer);
         if (narrow) b.narrow(panel, k, used, part, columns);
         for (int64_t t = 0; t < steps; ++t) {
