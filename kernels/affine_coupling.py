@@ -274,7 +274,7 @@ class _Call:
 
     def tiles(self) -> tile.Tiles:
         batch, channels, inner = self.sizes[:3]
-        return tile.tiles(batch, channels * inner)
+        return tile.tiles(batch, channels * inner, self.accumulator == torch.float64)
 
     def view(self, t: Tensor | None) -> View:
         return NONE if t is None else tile.strided(t, self.batch_dims, self.dims)
