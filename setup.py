@@ -42,7 +42,8 @@ class CMakeBuild(build_ext):
         cuda = MODE == "cuda" or (MODE == "auto" and nvcc is not None)
         print(f"pyflowgen: building CPU{' and CUDA' if cuda else ''} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
         # In place and editable: next to the sources. Else: the package folder of the wheel under construction.
-        target = ROOT / "pyflowgen" if self.editable_mode else Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        target = ROOT / "pyflowgen" if self.editable_mode else package
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         arguments = [
             "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
