@@ -28,6 +28,13 @@ def cuda_architectures() -> str:
 
 
 class CMakeBuild(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.in_source = bool(self.inplace)  # run() clears inplace; editable installs set it as well
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing: in place, CMake installs next to the sources."""
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
@@ -40,10 +47,10 @@ class CMakeBuild(build_ext):
             )
         nvcc = shutil.which("nvcc")
         cuda = MODE == "cuda" or (MODE == "auto" and nvcc is not None)
-        print(f"pyflowgen: building CPU{' and CUDA' if cuda else ''} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
-        # In place and editable: next to the sources. Else: the package folder of the wheel under construction.
-        package = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
-        target = ROOT / "pyflowgen" if self.editable_mode else package
+        kinds = "CPU and CUDA" if cuda else "CPU"
+        print(f"pyflowgen: building {kinds} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
+        # In place (editable installs too): next to the sources. Else: the package folder of the wheel under construction.
+        target = ROOT / "pyflowgen" if self.in_source else Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         arguments = [
             "-G", "Ninja", "-S", str(ROOT), "-B", str(build),

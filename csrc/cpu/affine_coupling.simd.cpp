@@ -16,8 +16,9 @@
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
 
-// Elements summed in the compute type before the sum goes into a double.
-constexpr int64_t block = 4096;
+// Packs summed in the compute type before the sum goes on in double, and those before it leaves the lanes: the error
+// of a long sum stays that of a short one.
+constexpr int64_t short_sum = 8, long_sum = 256;
 
 // How the transformed elements are walked: `run` elements in the innermost loop, `outer` such runs a row.
 struct Nest {
@@ -237,17 +238,24 @@ double forward_elements(const AffineCouplingForward<T, A>& a, const ForwardWalk<
     const auto x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
     const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
     const auto y = w.y.along_run(row, k);
-    while (i < end) {
-      const int64_t stop = end - i < block ? end : i + block;
-      V sum{};
-      for (; mode == Mode::any ? i < stop : i + n <= stop; i += n)
-        sum += forward_pack<S, mode>(a.o, clamp, at<mode>(x, i), parameter_at<mode>(shift, i), parameter_at<mode>(log_scale, i), mask + i,
-                                     at<mode>(y, i), mode == Mode::any && stop - i < n ? int(stop - i) : n);
-      total += reduce_add(sum);
-      if (mode != Mode::any && i < stop) {  // the end of the run, and only here the slow way
-        total += forward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + stop);
+    const auto pack = [&](int64_t j, int count) {
+      return forward_pack<S, mode>(a.o, clamp, at<mode>(x, j), parameter_at<mode>(shift, j), parameter_at<mode>(log_scale, j), mask + j,
+                                   at<mode>(y, j), count);
+    };
+    while (end - i >= n) {
+      const int64_t last = (end - i) / n < long_sum ? i + (end - i) / n * n : i + long_sum * n;
+      f64v sum{};
+      while (i < last) {
+        const int64_t stop = last - i < short_sum * n ? last : i + short_sum * n;
+        V part{};
+        for (; i < stop; i += n) part += pack(i, n);
+        sum += widen_add(part);
       }
-      i = stop;
+      total += reduce_add(sum);
+    }
+    if (i < end) {  // the end of the run, and only here the slow way
+      if constexpr (mode == Mode::any) total += reduce_add(widen_add(pack(i, int(end - i))));
+      else total += forward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + end);
     }
   });
   return total;
