@@ -16,7 +16,9 @@ from torch import Tensor
 
 Strides = tuple[int, int, int]
 
-TILE = 1024  # elements of a tile: 4 warps with 8 each, two 16-byte accesses in float32
+TILE = (
+    1024  # elements of a tile: 4 warps with 8 each, two 16-byte accesses in float32; in float64 a quarter, one access
+)
 PROGRAMS = 1024  # enough to fill a GPU several times over
 
 
@@ -44,12 +46,15 @@ class Tiles(NamedTuple):
     row_blocks: int
 
 
-def tiles(batch: int, elements: int) -> Tiles:
+def tiles(batch: int, elements: int, double: bool) -> Tiles:
     """Many short rows: several a program. Long rows: a loop; few of them: several programs a row."""
-    cols = min(triton.next_power_of_2(elements), TILE)
-    while cols > 256 and triton.cdiv(elements, cols) * cols * 8 > elements * 9:  # over an eighth of the lanes idle
+    size = TILE // 4 if double else TILE
+    cols = min(triton.next_power_of_2(elements), size)
+    while (
+        cols > size // 4 and triton.cdiv(elements, cols) * cols * 8 > elements * 9
+    ):  # over an eighth of the lanes idle
         cols //= 2
-    rows = TILE // cols
+    rows = size // cols
     row_blocks, blocks = triton.cdiv(batch, rows), triton.cdiv(elements, cols)
     # A segment is worth a second reduction from some tiles on.
     segments = max(1, min(blocks // 4, PROGRAMS // row_blocks))
