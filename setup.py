@@ -35,6 +35,14 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self) -> None:
         """Nothing: in place, CMake installs next to the sources."""
 
+    @staticmethod
+    def tools(build: Path) -> list[str]:
+        """An isolated build takes its cmake and ninja along when it ends: configure anew when the cached ones are gone."""
+        cache = build / "CMakeCache.txt"
+        lines = cache.read_text().splitlines() if cache.exists() else []
+        known = [x.partition("=")[2] for x in lines if x.startswith(("CMAKE_COMMAND:", "CMAKE_MAKE_PROGRAM:"))]
+        return [] if all(Path(tool).exists() for tool in known) else ["--fresh"]
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
@@ -54,6 +62,7 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         arguments = [
             "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+            *self.tools(build),
             f"-DCMAKE_CXX_COMPILER={compiler}",
             f"-DPYFLOWGEN_TORCH={Path(torch.__file__).parent}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",

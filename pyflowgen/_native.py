@@ -134,6 +134,12 @@ def build_info() -> dict[str, Any]:
     Keys: ``version``, ``torch`` (running), ``torch_built_against``, ``compiler``, ``instruction_sets`` (compiled) and
     ``instruction_set`` (in use; ``ATEN_CPU_CAPABILITY`` lowers it), ``cuda_architectures``, ``triton`` (its version),
     ``library`` (path of the compiled ops) or ``library_missing`` (why the reference runs instead).
+
+    Example:
+        >>> import pyflowgen
+        >>> info = pyflowgen.build_info()
+        >>> info["version"] == pyflowgen.__version__, "library" in info or "library_missing" in info
+        (True, True)
     """
     from pyflowgen import __version__
 

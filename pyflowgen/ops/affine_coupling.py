@@ -505,8 +505,8 @@ class AdditiveCoupling(_Coupling):
         >>> import torch, pyflowgen
         >>> layer = pyflowgen.AdditiveCoupling(torch.nn.Linear(2, 2), mask="interleaved")
         >>> y, logdet = layer(torch.randn(5, 4))
-        >>> logdet
-        tensor([0., 0., 0., 0., 0.])
+        >>> logdet.tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0]
     """
 
     volume_preserving = True
