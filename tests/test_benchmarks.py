@@ -267,3 +267,29 @@ def test_gate_tests_keeps_an_op_with_failing_tests_from_being_timed(monkeypatch:
     monkeypatch.setattr(run, "run_tests", lambda op: "tests fail: 1 failed")
     rows, refused, _ = run.run({"toy": Path("nowhere.py")}, run.Plan.fast(), gate="tests")
     assert rows == [] and refused == ["toy: not timed, tests fail: 1 failed"]
+
+
+def test_readme_table_says_what_the_rows_say() -> None:
+    readme = harness.HERE.parent / "README.md"
+    if not readme.exists():
+        pytest.skip("an installed package has no README")
+    table = importlib.import_module(f"{PACKAGE}.readme_table")
+    found = table.BLOCK.findall(readme.read_text(encoding="utf-8"))
+    assert found == [table.table(harness.read_rows(harness.HERE / "results.csv"))], (
+        "run python -m benchmarks.readme_table"
+    )
+
+
+def test_readme_table_names_losses() -> None:
+    table = importlib.import_module(f"{PACKAGE}.readme_table")
+    fixed = {
+        "mode": "forward", "dtype": "float32", "shape": "1024x128 -> 128", "threads": "2", "allocator": "default",
+        "machine": "M", "op": "linear", "status": "ok", "torch": "2.13.0",
+    }  # fmt: skip
+    times = {"pyflowgen": "2", "eager": "3", "compiled": "1"}
+    text = table.table([{**fixed, "provider": name, "median_ms": ms} for name, ms in times.items()])
+    assert "| linear | 1024x128 -> 128 | forward | 2 ms | 1.50× (eager) | 0.50× (compiled) |" in text
+    assert (
+        "M; 2 threads" in text
+        and "slower than a rival: linear 1024x128 -> 128 float32 forward (0.50× compiled)" in text
+    )

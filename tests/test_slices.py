@@ -189,7 +189,9 @@ def test_kernels_know_no_tensors(path: Path) -> None:
 
 def test_one_file_knows_python() -> None:
     files = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
-    assert {p.name for p in files if re.search(r"#\s*include\s*<(pybind11/|Python\.h)", p.read_text())} == {"module.cpp"}
+    assert {p.name for p in files if re.search(r"#\s*include\s*<(pybind11/|Python\.h)", p.read_text())} == {
+        "module.cpp"
+    }
 
 
 # -------------------------------------------------------------------------------------- without compiled library
