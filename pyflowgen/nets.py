@@ -58,7 +58,7 @@ class MLP(nn.Module):
             [0., 0., 0., 0.],
             [0., 0., 0., 0.],
             [0., 0., 0., 0.],
-            [0., 0., 0., 0.]], grad_fn=<_LinearBackward>)
+            [0., 0., 0., 0.]], grad_fn=<AddmmBackward0>)
     """
 
     def __init__(

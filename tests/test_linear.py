@@ -397,6 +397,7 @@ def test_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module._torch_is_faster(torch.empty(256, 1024), large, "none")
     assert not module._torch_is_faster(torch.empty(255, 1024), large, "none")
     assert not module._torch_is_faster(torch.empty(4096, 64), small, "none")
+    assert module._torch_is_faster(torch.empty(4, 64), small, "none")
     with torch.no_grad():
         assert not module._torch_is_faster(torch.empty(256, 1024), large, "none")
     monkeypatch.setattr(module, "_PLAIN", True)

@@ -129,6 +129,9 @@ _PLAIN = _native.build_info().get("instruction_set") == "baseline"
 # From here on (4 MB of float32 weights) a training step's two gradient products are memory-bound on panels made on the
 # way: measured 0.95-1.0 of torch's speed at 256 rows and more, 1.0-1.5 below either bound.
 _LARGE_WEIGHT, _LARGE_BATCH = 1 << 20, 256
+# Below so many multiplications the call is the cost: a gradient in Python costs some 10 us more than torch's in C++
+# (as much as the kernels gain on 4 million), the operator with its lookup of the panels 2 us (on 32 thousand).
+_SMALL_WORK, _TINY_WORK = 1 << 22, 1 << 15
 
 
 def _torch_is_faster(x: Tensor, weight: Tensor, activation: str) -> bool:
@@ -137,8 +140,10 @@ def _torch_is_faster(x: Tensor, weight: Tensor, activation: str) -> bool:
         return True
     if torch.compiler.is_compiling():  # a bound on the batch would become a guard
         return False
-    size = weight.numel()
-    return size >= _LARGE_WEIGHT and x.numel() * weight.shape[0] >= _LARGE_BATCH * size and torch.is_grad_enabled()
+    size, work = weight.numel(), x.numel() * weight.shape[0]
+    if not torch.is_grad_enabled():
+        return work < _TINY_WORK and activation == "none"
+    return work < _SMALL_WORK or (size >= _LARGE_WEIGHT and work >= _LARGE_BATCH * size)
 
 
 # id of a weight -> [weak reference to it, its version, its address, its panels or None]. Not an attribute of the
