@@ -102,7 +102,7 @@ template <class T, class A> struct ForwardTask {
 };
 
 template <int W, class T, class A, AffineScale... Scale>
-__global__ void __launch_bounds__(threads) forward_kernel(const ForwardTask<T, A> t) {
+__global__ void __launch_bounds__(threads, 2) forward_kernel(const ForwardTask<T, A> t) {
   using C = Compute<T>;
   const Place here = place(t.cut);
   const int64_t mask_run = t.cut.by_channel ? t.mask.s.channel : t.mask.s.inner;
@@ -158,7 +158,7 @@ template <class T, class A> struct BackwardTask {
 };
 
 template <int W, class T, class A, AffineScale... Scale>
-__global__ void __launch_bounds__(threads) backward_kernel(const BackwardTask<T, A> t) {
+__global__ void __launch_bounds__(threads, 2) backward_kernel(const BackwardTask<T, A> t) {
   using C = Compute<T>;
   const Place here = place(t.cut);
   const int64_t mask_run = t.cut.by_channel ? t.mask.s.channel : t.mask.s.inner;
