@@ -40,6 +40,10 @@ struct Stacks {
   }
 } stacks;
 
+struct Indices {
+  dim3 thread, block, block_size, grid_size;
+};
+
 struct Fiber {
   enum { ready, at_barrier, at_warp, done } state = ready;
   Indices indices;
@@ -178,9 +182,12 @@ void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std:
 
 }  // namespace
 
-const Indices& indices() { return block->current->indices; }
+dim3 thread_index() { return block->current->indices.thread; }
+dim3 block_index() { return block->current->indices.block; }
+dim3 block_size() { return block->current->indices.block_size; }
+dim3 grid_size() { return block->current->indices.grid_size; }
 int lane() {
-  const Indices& i = indices();
+  const Indices& i = block->current->indices;
   return int(((i.thread.z * i.block_size.y + i.thread.y) * i.block_size.x + i.thread.x) % 32);
 }
 void* dynamic_shared() { return block->shared.data(); }

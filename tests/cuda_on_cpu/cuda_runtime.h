@@ -43,10 +43,11 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 namespace cuda_on_cpu {
 
-struct Indices {
-  dim3 thread, block, block_size, grid_size;
-};
-const Indices& indices();
+// By value: a read in a kernel, TSan's instrumented code, would be an access to the scheduler's memory.
+dim3 thread_index();
+dim3 block_index();
+dim3 block_size();
+dim3 grid_size();
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 void* dynamic_shared();
@@ -81,10 +82,10 @@ template <class T, class F> T atomic_update(T* p, F f) {
 
 }  // namespace cuda_on_cpu
 
-#define threadIdx (::cuda_on_cpu::indices().thread)
-#define blockIdx (::cuda_on_cpu::indices().block)
-#define blockDim (::cuda_on_cpu::indices().block_size)
-#define gridDim (::cuda_on_cpu::indices().grid_size)
+#define threadIdx (::cuda_on_cpu::thread_index())
+#define blockIdx (::cuda_on_cpu::block_index())
+#define blockDim (::cuda_on_cpu::block_size())
+#define gridDim (::cuda_on_cpu::grid_size())
 constexpr int warpSize = 32;
 
 inline void __syncthreads() { cuda_on_cpu::sync_threads(false); }
