@@ -57,7 +57,15 @@ def library(out: Path) -> Path:
         sources[kernel] = ["-O1"]
         sources[CSRC / "cuda" / f"{kernel.stem}.cpp"] = [*tensors, "-DPYFLOWGEN_CUDA_KEY=CPU"]
         sources[CSRC / f"{kernel.stem}.cpp"] = tensors
-    link = ["-shared", "-Wl,--no-undefined", f"-L{root / 'lib'}", f"-Wl,-rpath,{root / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl"]
+    link = [
+        "-shared",
+        "-Wl,--no-undefined",
+        f"-L{root / 'lib'}",
+        f"-Wl,-rpath,{root / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+    ]
     return _build(sources, out, "libpyflowgen.so", link)
 
 
