@@ -28,7 +28,7 @@ SANITIZE = {
 
 def _compile(source: Path, out: Path, flags: list[str]) -> Path:
     result = out / f"{source.parent.name}_{source.name}.o"
-    command = ["nice", CXX, *FLAGS, *flags, "-I", str(HERE), "-I", str(CSRC), "-x", "c++", "-c", str(source)]
+    command = ["nice", CXX, *FLAGS, "-I", str(HERE), *flags, "-I", str(CSRC), "-x", "c++", "-c", str(source)]
     done = subprocess.run([*command, "-o", str(result)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

@@ -163,8 +163,8 @@ void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std:
     f.tsan = __tsan_create_fiber(0);
 #endif
   }
-  // Threads of even passes run upwards, of odd ones downwards: no order is to be relied on.
-  for (bool up = true; block->live > 0; up = !up) {
+  // Passes run upwards and downwards in turn, and so do blocks' first ones: no order is to be relied on.
+  for (bool up = (index.x + index.y + index.z) % 2 == 0; block->live > 0; up = !up) {
     bool progress = false;
     for (size_t k = 0; k < n; ++k) {
       const size_t i = up ? k : n - 1 - k;
