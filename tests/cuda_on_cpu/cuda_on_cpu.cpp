@@ -67,11 +67,30 @@ struct Block {
   Fiber* current = nullptr;
   size_t live, waiting = 0;
   int count = 0, counted = 0;
-  char barrier = 0;            // addresses that stand for the orderings TSan is told of
-  std::vector<char> warps;
-  char* launch_end;
+  char *barrier, *launch_end;  // addresses that stand for the orderings TSan is told of; after the barrier, the warps
 };
 thread_local Block* block;
+
+// TSan's fibers of this launch. It forgets what a destroyed one did once it gives its number away again, so they are kept
+// to the launch's end; it can number 8,000.
+std::vector<void*> ended;
+void destroy_ended() {
+#if defined(CUDA_ON_CPU_TSAN)
+  for (void* fiber : ended) __tsan_destroy_fiber(fiber);
+#endif
+  ended.clear();
+}
+
+// No address serves twice (until they are all used), or one block's barriers would order the next one's accesses: TSan
+// remembers an address beyond the end of what was there. It tells them apart by 8 bytes.
+char* new_ordering(size_t count) {
+  static char addresses[16 << 20];
+  static size_t used = 0;
+  if (used + 8 * count > sizeof addresses) used = 0;
+  char* const first = addresses + used;
+  used += 8 * count;
+  return first;
+}
 
 [[noreturn]] void fail(const char* what) {
   const Indices& i = block->current ? block->current->indices : block->fibers[0].indices;
@@ -142,12 +161,12 @@ void resume(Fiber& f, [[maybe_unused]] size_t i) {
 }
 
 void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std::function<void()>& kernel, char* launch_end) {
-  auto owned = std::make_unique<Block>();  // at an address of its own, or one block's barriers would order another's
+  auto owned = std::make_unique<Block>();
   block = owned.get();
   const size_t n = size_t(size.x) * size.y * size.z;
   block->kernel = &kernel, block->launch_end = launch_end, block->live = n;
   block->fibers = std::vector<Fiber>(n);
-  block->warps.resize((n + 31) / 32);
+  block->barrier = new_ordering(1 + (n + 31) / 32);
   block->shared.resize(shared_bytes / sizeof(std::max_align_t) + 1);
   memset(static_cast<void*>(block->shared.data()), 0xff, shared_bytes);  // NaN, as nothing says it is zero
 #if defined(CUDA_ON_CPU_TSAN)
@@ -161,6 +180,7 @@ void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std:
     makecontext(&f.context, entry, 0);
 #if defined(CUDA_ON_CPU_TSAN)
     f.tsan = __tsan_create_fiber(0);
+    ended.push_back(f.tsan);
 #endif
   }
   // Passes run upwards and downwards in turn, and so do blocks' first ones: no order is to be relied on.
@@ -174,9 +194,6 @@ void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std:
     }
     if (!progress) fail("waits at a barrier or warp operation that other threads never reach");
   }
-#if defined(CUDA_ON_CPU_TSAN)
-  for (Fiber& f : block->fibers) __tsan_destroy_fiber(f.tsan);
-#endif
   block = nullptr;
 }
 
@@ -193,29 +210,31 @@ int lane() {
 void* dynamic_shared() { return block->shared.data(); }
 
 void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
-  char end = 0;
+  char* const end = new_ordering(1);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
-        const auto run = [&] { run_block(grid, size, dim3(x, y, z), shared_bytes, kernel, &end); };
+        if (ended.size() > 7000) destroy_ended();
+        const auto run = [&] { run_block(grid, size, dim3(x, y, z), shared_bytes, kernel, end); };
 #if defined(CUDA_ON_CPU_TSAN)
         std::thread(run).join();  // shared memory is thread-local; the fibers, not this thread, carry the ordering
 #else
         run();
 #endif
       }
-  acquire(&end);
+  acquire(end);
+  destroy_ended();
 }
 
 int sync_threads(bool predicate) {
   Fiber& self = *block->current;
-  release(&block->barrier);
+  release(block->barrier);
   self.state = Fiber::at_barrier;
   ++block->waiting;
   block->count += predicate;
   pass_barrier();
   yield(self);
-  acquire(&block->barrier);
+  acquire(block->barrier);
   return block->counted;
 }
 
@@ -247,10 +266,10 @@ Exchanged exchange(unsigned mask, uint64_t value, int source) {
 }
 
 void sync_warp(unsigned mask) {
-  const size_t warp = size_t(block->current - block->fibers.data()) / 32;
-  release(&block->warps[warp]);
+  char* const warp = block->barrier + 8 * (1 + size_t(block->current - block->fibers.data()) / 32);
+  release(warp);
   exchange(mask, 0, lane());
-  acquire(&block->warps[warp]);
+  acquire(warp);
 }
 
 }  // namespace cuda_on_cpu
