@@ -108,9 +108,7 @@ def test_planted_bug_is_found(folder, name):
     # float alone: the driver in its short form calls no other.
     lines = kernels.read_text().splitlines(keepends=True)
     kernels.write_text(
-        "".join(
-            line for line in lines if not line.startswith("PYFLOWGEN_INSTANTIATE") or "(float" in line
-        )
+        "".join(line for line in lines if not line.startswith("PYFLOWGEN_INSTANTIATE") or "(float" in line)
     )
     program = build.program(here, [DRIVER, kernels], sanitizer, [*FLOAT_ONLY, f"-I{here}"])
     code, output = execute(program, *(["short"] if "unaligned" not in name else []))

@@ -7,9 +7,10 @@
 // H100 has 130 instruction slots a transformed element at its memory's speed, so memory is the limit.
 //
 // The event is walked in units of W elements along the dimension (channel or inner) where x is dense: 16 bytes' worth
-// where every tensor is dense and aligned there, else 1 (interleaved parameters, odd sizes). Thus neighbouring threads touch neighbouring addresses; a batch-major x is right but not coalesced. A block's
-// threads are shared out over rows, from 256 rows a block for tiny events to one; few long rows are cut into segments,
-// a block each, whose sums a second kernel adds in order: no atomics, the same result on every run and device.
+// where every tensor is dense and aligned there, else 1 (interleaved parameters, odd sizes). Thus neighbouring threads
+// touch neighbouring addresses; where the batch is the dense dimension the result is right but access not coalesced. A
+// block's threads are shared out over rows, from 256 rows a block for tiny events to one; few long rows are cut into
+// segments, a block each, whose sums a second kernel adds in order: no atomics, the same result on every run and device.
 #include "affine_coupling.h"
 
 #include "cuda/launch.cuh"
