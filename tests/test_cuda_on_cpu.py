@@ -74,7 +74,8 @@ PLANTED = {
     "removed barrier": ("launch.cuh", "    __syncthreads();\n", "", "thread", "ThreadSanitizer: data race"),
     "removed barrier, seen in the values": ("launch.cuh", "    __syncthreads();\n", "", None, "logdet is"),
     "overrun of a tensor": (
-        "affine_coupling.cu", "row < cut.batch ? (last < cut.units ? last : cut.units) : 0", "last < cut.units ? last : cut.units",
+        "affine_coupling.cu", "row < cut.batch ? (last < cut.units ? last : cut.units) : 0",
+        "last < cut.units ? last : cut.units",
         "address", "AddressSanitizer: heap-buffer-overflow",
     ),
     "overrun of shared memory": (
@@ -82,14 +83,16 @@ PLANTED = {
         "address", "global-buffer-overflow|out of bounds",
     ),
     "unaligned 128-bit access": (
-        "affine_coupling.cu", " && uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0", "", "address", "misaligned address",
+        "affine_coupling.cu", " && uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0", "",
+        "address", "misaligned address",
     ),
     "race between blocks": (
         "affine_coupling.cu", "t.partial[here.row * gridDim.y + blockIdx.y] = total", "t.partial[here.row] = total",
         "thread", "ThreadSanitizer: data race",
     ),
     "a barrier some threads miss": (
-        "launch.cuh", "    __syncthreads();\n", "    if (threadIdx.x % 64 != 1) __syncthreads(); else for (;;) __syncwarp();\n",
+        "launch.cuh", "    __syncthreads();\n",
+        "    if (threadIdx.x % 64 != 1) __syncthreads(); else for (;;) __syncwarp();\n",
         None, "that other threads never reach",
     ),
 }  # fmt: skip
@@ -110,6 +113,6 @@ def test_planted_bug_is_found(folder, name):
     kernels.write_text(
         "".join(line for line in lines if not line.startswith("PYFLOWGEN_INSTANTIATE") or "(float" in line)
     )
-    program = build.program(here, [DRIVER, kernels], sanitizer, [*FLOAT_ONLY, f"-I{here}"])
+    program = build.program(here, [DRIVER, kernels], sanitizer, FLOAT_ONLY, folder / f"shared_{sanitizer}")
     code, output = execute(program, *(["short"] if "unaligned" not in name else []))
     assert code != 0 and any(part in output for part in report.split("|")), output[-5000:]

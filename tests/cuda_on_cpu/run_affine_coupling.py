@@ -36,7 +36,7 @@ def cast(t, dtype):
 def run(function, dtype, tensors, weights, options):
     leaves = [None if t is None else cast(t, dtype).requires_grad_() for t in tensors]
     outputs = function(*leaves, **options)
-    loss = sum((o.double() * w).sum() for o, w in zip(outputs, weights))
+    loss = sum((o.double() * w).sum() for o, w in zip(outputs, weights, strict=True))
     grads = torch.autograd.grad(loss, [t for t in leaves if t is not None])
     return [t.detach().double() for t in (*outputs, *grads)]
 
@@ -48,7 +48,7 @@ def check(x, shift, log_scale=None, dtype=torch.float32, **options):
     exact = run(reference, torch.float64, tensors, weights, options)
     plain = run(reference, dtype, tensors, weights, options)
     ours = run(affine_coupling, dtype, tensors, weights, options)
-    for i, (e, p, o) in enumerate(zip(exact, plain, ours)):
+    for i, (e, p, o) in enumerate(zip(exact, plain, ours, strict=True)):
         assert o.shape == e.shape
         if e.numel() == 0:
             continue
@@ -60,9 +60,8 @@ def check(x, shift, log_scale=None, dtype=torch.float32, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", SCALES)
 def test_scales(scale, dtype):
-    for (order, inverse), size in zip(
-        itertools.product(("scale_shift", "shift_scale"), (False, True)), ((33, 16), (33, 5), (5, 300), (300, 8))
-    ):
+    variants = itertools.product(("scale_shift", "shift_scale"), (False, True))
+    for (order, inverse), size in zip(variants, ((33, 16), (33, 5), (5, 300), (300, 8)), strict=True):
         x, shift, log_scale = (normal(*size, seed=i) for i in range(3))
         check(x, shift, log_scale, dtype, scale=scale, order=order, inverse=inverse)
 
@@ -80,10 +79,7 @@ def test_layouts_and_parts(layout, part, image):
     channels = 16
     count = channels if part is None else 8 if part[1] < 3 else 4
     inner = (3, 4) if image else ()
-    if layout == "pairs":
-        params = normal(5, count, *inner, 2, seed=1)
-    else:
-        params = normal(5, 2 * count, *inner, seed=1)
+    params = normal(5, count, *inner, 2, seed=1) if layout == "pairs" else normal(5, 2 * count, *inner, seed=1)
     for dtype in (torch.float32, torch.bfloat16):
         check(normal(5, channels, *inner), params, dtype=dtype, layout=layout, part=part, event_dim=1 + len(inner))
 
@@ -131,8 +127,16 @@ def test_strides(x):
     check(x, normal(6, 8, 4, 4), event_dim=3, part=(4, 1), layout="halves")
 
 
-@pytest.mark.parametrize("shape,event_dim", (((), 0), ((1,), 1), ((1, 1), 1), ((5, 1), 1), ((1, 5), 1), ((40, 1, 1, 1), 3), ((3, 2, 700), 2),
-                                             ((2, 3, 4, 5), 4), ((7001,), 0), ((2, 30000), 1), ((1, 3, 64, 64), 3), ((2, 7, 51, 50), 3)))  # fmt: skip
+SIZES = {
+    0: ((), (7001,)),
+    1: ((1,), (1, 1), (5, 1), (1, 5), (2, 30000)),
+    2: ((3, 2, 700),),
+    3: ((40, 1, 1, 1), (1, 3, 64, 64), (2, 7, 51, 50)),
+    4: ((2, 3, 4, 5),),
+}
+
+
+@pytest.mark.parametrize("event_dim,shape", [(event_dim, shape) for event_dim in SIZES for shape in SIZES[event_dim]])
 def test_sizes(shape, event_dim):
     x, shift, log_scale = (normal(*shape, seed=i) for i in range(3))
     check(x, shift, log_scale, event_dim=event_dim)
@@ -155,7 +159,7 @@ def test_one_gradient_alone():
     for which in (0, 1):
         expected = torch.autograd.grad(reference(*tensors)[which].sum(), tensors, allow_unused=True)
         got = torch.autograd.grad(affine_coupling(*tensors)[which].sum(), tensors)
-        for e, g in zip(expected, got):
+        for e, g in zip(expected, got, strict=True):
             torch.testing.assert_close(g, torch.zeros_like(g) if e is None else e)
 
 
@@ -186,7 +190,7 @@ def test_extreme_values(scale):
     edges = torch.tensor([0.0, -0.0, 1e-6, -1e-6, 30.0, -30.0, 100.0, -100.0, torch.inf, -torch.inf, torch.nan, 1e-40])
     x = torch.ones_like(edges)
     got, expected = (f(x, x, edges, scale=scale, event_dim=0) for f in (affine_coupling, reference))
-    for g, e in zip(got, expected):
+    for g, e in zip(got, expected, strict=True):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
