@@ -28,6 +28,13 @@ def cuda_architectures() -> str:
 
 
 class CMakeBuild(build_ext):
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.in_source = bool(self.inplace)  # run() clears inplace; editable installs set it as well
+
+    def copy_extensions_to_source(self) -> None:
+        """Nothing: in place, CMake installs next to the sources."""
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
         import torch
@@ -35,14 +42,15 @@ class CMakeBuild(build_ext):
         compiler = os.environ.get("CXX", "g++")
         if shutil.which(compiler) is None:
             sys.exit(
-                f"pyflowgen: no C++ compiler ({compiler}) found. Install g++ >= 11, or install the pure-Python package, "
+                f"pyflowgen: no C++ compiler ({compiler}) found. Install g++ >= 11, or the pure-Python package, "
                 "which runs plain PyTorch: PYFLOWGEN_BUILD=none pip install ."
             )
         nvcc = shutil.which("nvcc")
         cuda = MODE == "cuda" or (MODE == "auto" and nvcc is not None)
-        print(f"pyflowgen: building CPU{' and CUDA' if cuda else ''} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
-        # In place: next to the sources. Else: the package folder of the wheel under construction.
-        target = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
+        kinds = "CPU and CUDA" if cuda else "CPU"
+        print(f"pyflowgen: building {kinds} kernels (PYFLOWGEN_BUILD={MODE}, nvcc: {nvcc})")
+        # In place (editable installs too): next to the sources. Else: in the wheel under construction.
+        target = ROOT / "pyflowgen" if self.in_source else Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         arguments = [
             "-G", "Ninja", "-S", str(ROOT), "-B", str(build),

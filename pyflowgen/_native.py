@@ -56,6 +56,11 @@ def has_kernel(op: str, key: str) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(f"pyflowgen::{op}", key))
 
 
+def launcher_schema(launcher: Callable[..., Any]) -> str:
+    """The schema a launcher's annotations say; plain integers, as the compiled library has them."""
+    return torch.library.infer_schema(launcher, mutates_args=()).replace("SymInt", "int")
+
+
 def register(op: str, fake: Callable[..., Any]) -> None:
     """Give operator ``op`` its fake, and its Triton launcher wherever the compiled library left the slot empty.
 
@@ -71,7 +76,7 @@ def register(op: str, fake: Callable[..., Any]) -> None:
     if not defined:
         if launcher is None:
             return
-        _definitions.define(op + torch.library.infer_schema(launcher, mutates_args=()))
+        _definitions.define(op + launcher_schema(launcher))
     if launcher is not None and (_INTERPRET or not has_kernel(op, _TRITON_KEY)):
         # In the interpreter the launcher takes the CPU's place on purpose.
         with warnings.catch_warnings():

@@ -152,7 +152,7 @@ class Chain(Bijection):
 
     def __getitem__(self, index: int | slice) -> Bijection:
         if isinstance(index, slice):
-            return Chain(*self.bijections[index])  # type: ignore[arg-type]
+            return Chain(*self.bijections[index])
         return self.bijections[index]  # type: ignore[return-value]
 
 

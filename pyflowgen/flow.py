@@ -51,7 +51,7 @@ class LogisticDistribution(Distribution):
         super().__init__(self.loc.shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> LogisticDistribution:
-        new = self._get_checked_instance(LogisticDistribution, _instance)
+        new = self._get_checked_instance(LogisticDistribution, _instance)  # type: ignore[no-untyped-call]
         new.loc, new.scale = self.loc.expand(batch_shape), self.scale.expand(batch_shape)
         super(LogisticDistribution, new).__init__(torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args

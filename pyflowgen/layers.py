@@ -303,15 +303,19 @@ class Squeeze(Bijection):
         return c, h, w
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        self._check(x.shape)
-        return F.pixel_unshuffle(x, self.factor), _zero_logdet(x, 3, self)
+        _, h, w = self._check(x.shape)
+        f = self.factor  # F.pixel_unshuffle gives empty batches a wrong shape
+        blocks = x.unflatten(-1, (w // f, f)).unflatten(-3, (h // f, f))  # (..., C, h, f, w, f)
+        return blocks.movedim((-3, -1), (-4, -3)).flatten(-5, -3), _zero_logdet(x, 3, self)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if y.dim() < 3 or y.shape[-3] % self.factor**2:
             raise ValueError(
                 f"Squeeze: y has shape {tuple(y.shape)}, expected (..., C, H, W) with C divisible by {self.factor**2}"
             )
-        return F.pixel_shuffle(y, self.factor), _zero_logdet(y, 3, self)
+        f = self.factor
+        blocks = y.unflatten(-3, (y.shape[-3] // f**2, f, f))  # (..., C, f, f, h, w)
+        return blocks.movedim((-4, -3), (-3, -1)).flatten(-4, -3).flatten(-2, -1), _zero_logdet(y, 3, self)
 
     def extra_repr(self) -> str:
         return f"factor={self.factor}"
@@ -349,7 +353,7 @@ class Logit(Bijection):
 
     @property
     def domain(self) -> constraints.Constraint:
-        margin = self.alpha / (1 - 2 * self.alpha)
+        margin = self.alpha / (1 - 2 * self.alpha) + 1e-6  # what far latents are rounded to lies inside
         return constraints.interval(-margin, 1 + margin)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pyflowgen.ops.linear import Linear
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
@@ -56,7 +58,7 @@ class MLP(nn.Module):
             [0., 0., 0., 0.],
             [0., 0., 0., 0.],
             [0., 0., 0., 0.],
-            [0., 0., 0., 0.]], grad_fn=<AddmmBackward0>)
+            [0., 0., 0., 0.]], grad_fn=<_LinearBackward>)
     """
 
     def __init__(
@@ -74,10 +76,10 @@ class MLP(nn.Module):
         sizes = [in_features + context_features, *hidden, out_features]
         if min(sizes) < 1:
             raise ValueError(f"MLP: layer sizes are {sizes}, expected positive numbers")
-        layers: list[nn.Module] = []
-        for n_in, n_out in zip(sizes, sizes[1:], strict=False):
-            layers += [nn.Linear(n_in, n_out), _act(activation)]
-        self.layers = nn.Sequential(*layers[:-1])
+        last = len(sizes) - 2
+        self.layers = nn.Sequential(
+            *(Linear(sizes[i], sizes[i + 1], activation="none" if i == last else activation) for i in range(last + 1))
+        )
         if zero_init_last:
             _zero(self.layers[-1])
 

@@ -16,8 +16,9 @@
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
 
-// Elements summed in the compute type before the sum goes into a double.
-constexpr int64_t block = 4096;
+// Packs summed in the compute type before the sum goes on in double, and those before it leaves the lanes: the error
+// of a long sum stays that of a short one.
+constexpr int64_t short_sum = 8, long_sum = 256;
 
 // How the transformed elements are walked: `run` elements in the innermost loop, `outer` such runs a row.
 struct Nest {
@@ -29,8 +30,7 @@ struct Nest {
 template <class T> struct Cursor {
   T* p;
   int64_t stride;
-  // i elements on; `unit` is the promise that the stride is 1.
-  template <bool unit> PYFLOWGEN_INLINE Cursor step(int64_t i) const { return {p + (unit ? i : i * stride), stride}; }
+  PYFLOWGEN_INLINE Cursor operator+(int64_t i) const { return {p + i * stride, stride}; }
 };
 
 template <class T> struct Walk {
@@ -79,17 +79,8 @@ template <class T> bool along_batch(const Nest& nest, const AffineCouplingOption
   return o.elementwise || (nest.run < width<T> && o.batch >= width<T>);
 }
 
-// One pack, or the first n elements of one.
-template <bool unit, class T> PYFLOWGEN_INLINE Pack<Compute<T>> get(Cursor<const T> from, int n) {
-  if (n < width<T>) return load_strided(from.p, from.stride, n);
-  if constexpr (unit) return load_as(from.p);
-  else return load_strided(from.p, from.stride);
-}
-template <bool unit, class T> PYFLOWGEN_INLINE void put(Cursor<T> to, Pack<Compute<T>> v, int n) {
-  if (n < width<T>) return store_strided(to.p, to.stride, v, n);
-  if constexpr (unit) store_as(to.p, v);
-  else store_strided(to.p, to.stride, v);
-}
+// What is known of the strides. unit: all are 1. pairs: x and y have 1, shift and log_scale alternate in memory.
+enum class Mode { unit, pairs, any };
 
 template <class T> PYFLOWGEN_INLINE void copy_strided(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n) {
   if (from_stride == 1 && to_stride == 1) {
@@ -117,42 +108,87 @@ template <class T> void copy_rest(const AffineCouplingOptions& o, const T* from,
   copy_channels(from, f, to, t, end, o.channels, o.inner);
 }
 
-// `unit`: every stride is 1 and there is no mask.
-template <AffineScale S, bool unit, class T>
+// The same for rows [begin, end) of short events: along the batch, a copied element at a time.
+template <class T> void copy_rest_of_rows(const AffineCouplingOptions& o, const T* from, Strides f, T* to, Strides t, int64_t begin, int64_t end) {
+  if (o.count == o.channels) return;
+  for (int64_t c = 0; c < o.channels; ++c) {
+    const int64_t k = c - o.start;
+    if (k >= 0 && k % o.step == 0 && k / o.step < o.count) continue;
+    for (int64_t i = 0; i < o.inner; ++i)
+      copy_strided(from + begin * f.batch + c * f.channel + i * f.inner, f.batch, to + begin * t.batch + c * t.channel + i * t.inner, t.batch, end - begin);
+  }
+}
+
+// i elements on from a cursor whose stride is 1 by the mode's promise.
+template <Mode mode, class T> PYFLOWGEN_INLINE Cursor<T> at(Cursor<T> c, int64_t i) { return mode == Mode::any ? c + i : Cursor<T>{c.p + i, 1}; }
+template <Mode mode, class T> PYFLOWGEN_INLINE Cursor<T> parameter_at(Cursor<T> c, int64_t i) {
+  return mode == Mode::any ? c + i : mode == Mode::pairs ? Cursor<T>{c.p + 2 * i, 2} : Cursor<T>{c.p + i, 1};
+}
+
+template <Mode mode, class T> PYFLOWGEN_INLINE Pack<Compute<T>> get(Cursor<const T> from, int n) {
+  if constexpr (mode == Mode::any) return load_strided(from.p, from.stride, n);
+  else return load_as(from.p);
+}
+template <Mode mode, class T> PYFLOWGEN_INLINE void put(Cursor<T> to, Pack<Compute<T>> v, int n) {
+  if constexpr (mode == Mode::any) store_strided(to.p, to.stride, v, n);
+  else store_as(to.p, v);
+}
+
+template <AffineScale S, Mode mode, class T, class V>
+PYFLOWGEN_INLINE void get_parameters(Cursor<const T> shift, Cursor<const T> log_scale, V& t, V& s, int n) {
+  if constexpr (mode == Mode::pairs) {
+    load_pairs(shift.p, t, s);
+  } else {
+    t = get<mode>(shift, n);
+    if constexpr (S != AffineScale::additive) s = get<mode>(log_scale, n);
+  }
+}
+
+// One pack of n = width<T> elements, or fewer in Mode::any; returns l, zero beyond n. Only Mode::any has a mask.
+template <AffineScale S, Mode mode, class T>
 PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Cursor<const T> x, Cursor<const T> shift,
                                                Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> y, int n) {
   using C = Compute<T>;
-  const Pack<C> vx = get<unit>(x, n), vt = get<unit>(shift, n);
-  Pack<C> vs{};
-  if constexpr (S != AffineScale::additive) vs = get<unit>(log_scale, n);
+  const Pack<C> vx = get<mode>(x, n);
+  Pack<C> vt, vs{};
+  get_parameters<S, mode>(shift, log_scale, vt, vs, n);
   auto [vy, l] = formula::affine_coupling<S>(vx, vt, vs, clamp, o.shift_first, o.inverse);
-  if (!unit && mask.p) {
-    const auto selected = load_mask<C>(mask, n);
-    vy = selected ? vy : vx;
-    l = selected ? l : Pack<C>{};
+  if constexpr (mode == Mode::any) {
+    if (mask.p) {
+      const auto selected = load_mask<C>(mask, n);
+      vy = selected ? vy : vx;
+      l = selected ? l : Pack<C>{};
+    }
+    if (n < width<T>) l = first_lanes<C>(n) ? l : Pack<C>{};
   }
-  put<unit>(y, vy, n);
-  return n < width<T> ? (first_lanes<C>(n) ? l : Pack<C>{}) : l;
+  put<mode>(y, vy, n);
+  return l;
 }
 
-template <AffineScale S, bool unit, class T>
+template <AffineScale S, Mode mode, class T>
 PYFLOWGEN_INLINE void backward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Pack<Compute<T>> dlogdet, Cursor<const T> dy,
                                     Cursor<const T> x, Cursor<const T> shift, Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> dx,
                                     Cursor<T> dshift, Cursor<T> dlog_scale, int n) {
   using C = Compute<T>;
-  const Pack<C> vdy = get<unit>(dy, n), vx = get<unit>(x, n), vt = get<unit>(shift, n);
-  Pack<C> vs{};
-  if constexpr (S != AffineScale::additive) vs = get<unit>(log_scale, n);
+  const Pack<C> vdy = get<mode>(dy, n), vx = get<mode>(x, n);
+  Pack<C> vt, vs{};
+  get_parameters<S, mode>(shift, log_scale, vt, vs, n);
   auto [vdx, vdt, vds] = formula::affine_coupling_backward<S>(vdy, dlogdet, vx, vt, vs, clamp, o.shift_first, o.inverse);
-  if (!unit && mask.p) {
-    const auto selected = load_mask<C>(mask, n);
-    vdx = selected ? vdx : vdy;
-    vdt = selected ? vdt : Pack<C>{};
-    vds = selected ? vds : Pack<C>{};
+  if constexpr (mode == Mode::any) {
+    if (mask.p) {
+      const auto selected = load_mask<C>(mask, n);
+      vdx = selected ? vdx : vdy;
+      vdt = selected ? vdt : Pack<C>{};
+      vds = selected ? vds : Pack<C>{};
+    }
   }
-  put<unit>(dx, vdx, n);
-  put<unit>(dshift, vdt, n);
-  if constexpr (S != AffineScale::additive) put<unit>(dlog_scale, vds, n);
+  put<mode>(dx, vdx, n);
+  if constexpr (mode == Mode::pairs) {
+    store_pairs(dshift.p, vdt, vds);
+  } else {
+    put<mode>(dshift, vdt, n);
+    if constexpr (S != AffineScale::additive) put<mode>(dlog_scale, vds, n);
+  }
 }
 
 // Call body(outer, begin, end) for each stretch of one run within elements [first, last) of a row's event.
@@ -164,9 +200,13 @@ template <class Body> PYFLOWGEN_INLINE void each_run(const Nest& nest, int64_t f
   }
 }
 
+template <class T> bool alternate(const Walk<T>& shift, const Walk<T>& log_scale) {
+  return log_scale.p == shift.p + 1 && log_scale.run == shift.run && log_scale.batch == shift.batch && log_scale.outer == shift.outer;
+}
+
 template <class T, class A> struct ForwardWalk {
   Nest nest;
-  bool unit;
+  Mode mode;
   Walk<const T> x, shift, log_scale;
   Walk<const uint8_t> mask;
   Walk<T> y;
@@ -179,12 +219,16 @@ template <class T, class A> struct ForwardWalk {
     shift = walk(a.shift, a.shift_strides, nest);
     log_scale = walk(a.log_scale ? a.log_scale : a.shift, parameters[1], nest);
     mask = walk(a.mask, a.mask_strides, nest);
-    unit = !a.mask && x.run == 1 && y.run == 1 && shift.run == 1 && log_scale.run == 1;
+    mode = Mode::any;
+    if (!a.mask && x.run == 1 && y.run == 1) {
+      if (shift.run == 1 && log_scale.run == 1) mode = Mode::unit;
+      else if (std::is_same_v<T, float> && shift.run == 2 && alternate(shift, log_scale)) mode = Mode::pairs;
+    }
   }
 };
 
 // Sum of l over elements [first, last) of a row's event.
-template <AffineScale S, bool unit, class T, class A>
+template <AffineScale S, Mode mode, class T, class A>
 double forward_elements(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>& w, int64_t row, int64_t first, int64_t last) {
   using V = Pack<Compute<T>>;
   constexpr int n = width<T>;
@@ -192,21 +236,26 @@ double forward_elements(const AffineCouplingForward<T, A>& a, const ForwardWalk<
   double total = 0;
   each_run(w.nest, first, last, [&](int64_t k, int64_t i, int64_t end) {
     const auto x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
-    const auto mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{};
+    const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
     const auto y = w.y.along_run(row, k);
-    const auto pack = [&]<bool u>(int count) {
-      return forward_pack<S, u>(a.o, clamp, x.template step<u>(i), shift.template step<u>(i), log_scale.template step<u>(i),
-                                w.mask.p ? mask.template step<false>(i) : mask, y.template step<u>(i), count);
+    const auto pack = [&](int64_t j, int count) {
+      return forward_pack<S, mode>(a.o, clamp, at<mode>(x, j), parameter_at<mode>(shift, j), parameter_at<mode>(log_scale, j), mask + j,
+                                   at<mode>(y, j), count);
     };
-    while (i < end) {
-      const int64_t stop = end - i < block ? end : i + block;
-      V sum{};
-      for (; i + n <= stop; i += n) sum += pack.template operator()<unit>(n);
-      if (i < stop) {
-        sum += pack.template operator()<false>(int(stop - i));
-        i = stop;
+    while (end - i >= n) {
+      const int64_t last = (end - i) / n < long_sum ? i + (end - i) / n * n : i + long_sum * n;
+      f64v sum{};
+      while (i < last) {
+        const int64_t stop = last - i < short_sum * n ? last : i + short_sum * n;
+        V part{};
+        for (; i < stop; i += n) part += pack(i, n);
+        sum += widen_add(part);
       }
       total += reduce_add(sum);
+    }
+    if (i < end) {  // the end of the run, and only here the slow way
+      if constexpr (mode == Mode::any) total += reduce_add(widen_add(pack(i, int(end - i))));
+      else total += forward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + end);
     }
   });
   return total;
@@ -222,9 +271,9 @@ void forward_rows(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>&
     V sum{};
     for (int64_t k = 0; k < w.nest.outer; ++k)
       for (int64_t i = 0; i < w.nest.run; ++i)
-        sum += forward_pack<S, false>(a.o, clamp, w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
-                                      w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{}, w.y.along_batch(row, k, i), n);
-    put<false>(Cursor<A>{a.logdet + row, 1}, a.o.inverse ? -sum : sum, n);
+        sum += forward_pack<S, Mode::any>(a.o, clamp, w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
+                                      w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0}, w.y.along_batch(row, k, i), n);
+    store_strided(a.logdet + row, 1, a.o.inverse ? -sum : sum, n);
   }
 }
 
@@ -235,12 +284,16 @@ template <AffineScale S, class T, class A> void forward(const AffineCouplingForw
   const auto sum = [&](int64_t row, int64_t segment) {
     if (!partial) copy_rest(o, a.x, a.x_strides, a.y, a.y_strides, row);
     const int64_t first = elements * segment / segments, last = elements * (segment + 1) / segments;
-    return w.unit ? forward_elements<S, true>(a, w, row, first, last) : forward_elements<S, false>(a, w, row, first, last);
+    if constexpr (std::is_same_v<T, float> && S != AffineScale::additive) {
+      if (w.mode == Mode::pairs) return forward_elements<S, Mode::pairs>(a, w, row, first, last);
+    }
+    if (w.mode == Mode::unit) return forward_elements<S, Mode::unit>(a, w, row, first, last);
+    return forward_elements<S, Mode::any>(a, w, row, first, last);
   };
   if (partial) {
     for (int64_t i = begin; i < end; ++i) partial[i] = sum(i / segments, i % segments);
   } else if (along_batch<T>(w.nest, o)) {
-    for (int64_t row = begin; row < end; ++row) copy_rest(o, a.x, a.x_strides, a.y, a.y_strides, row);
+    copy_rest_of_rows(o, a.x, a.x_strides, a.y, a.y_strides, begin, end);
     forward_rows<S>(a, w, begin, end);
   } else {
     for (int64_t row = begin; row < end; ++row) a.logdet[row] = A(o.inverse ? -sum(row, 0) : sum(row, 0));
@@ -249,7 +302,7 @@ template <AffineScale S, class T, class A> void forward(const AffineCouplingForw
 
 template <class T, class A> struct BackwardWalk {
   Nest nest;
-  bool unit;
+  Mode mode;
   Walk<const T> dy, x, shift, log_scale;
   Walk<const uint8_t> mask;
   Walk<T> dx, dshift, dlog_scale;
@@ -266,26 +319,29 @@ template <class T, class A> struct BackwardWalk {
     log_scale = walk(affine ? a.log_scale : a.shift, parameters[2], nest);
     dlog_scale = walk(affine ? a.dlog_scale : a.dshift, parameters[3], nest);
     mask = walk(a.mask, a.mask_strides, nest);
-    unit = !a.mask && dy.run == 1 && x.run == 1 && dx.run == 1 && shift.run == 1 && dshift.run == 1 && log_scale.run == 1 && dlog_scale.run == 1;
+    mode = Mode::any;
+    if (!a.mask && dy.run == 1 && x.run == 1 && dx.run == 1) {
+      if (shift.run == 1 && dshift.run == 1 && log_scale.run == 1 && dlog_scale.run == 1) mode = Mode::unit;
+      else if (std::is_same_v<T, float> && shift.run == 2 && dshift.run == 2 && alternate(shift, log_scale) && alternate(dshift, dlog_scale))
+        mode = Mode::pairs;
+    }
   }
 };
 
-template <AffineScale S, bool unit, class T, class A>
+template <AffineScale S, Mode mode, class T, class A>
 void backward_elements(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& w, int64_t row, int64_t first, int64_t last) {
   using C = Compute<T>;
   constexpr int n = width<T>;
   const Pack<C> clamp = broadcast(C(a.o.clamp)), dlogdet = broadcast(C(a.dlogdet[row * a.dlogdet_stride]));
   each_run(w.nest, first, last, [&](int64_t k, int64_t i, int64_t end) {
     const auto dy = w.dy.along_run(row, k), x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
-    const auto mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{};
+    const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
     const auto dx = w.dx.along_run(row, k), dshift = w.dshift.along_run(row, k), dlog_scale = w.dlog_scale.along_run(row, k);
-    const auto pack = [&]<bool u>(int count) {
-      backward_pack<S, u>(a.o, clamp, dlogdet, dy.template step<u>(i), x.template step<u>(i), shift.template step<u>(i),
-                          log_scale.template step<u>(i), w.mask.p ? mask.template step<false>(i) : mask, dx.template step<u>(i),
-                          dshift.template step<u>(i), dlog_scale.template step<u>(i), count);
-    };
-    for (; i + n <= end; i += n) pack.template operator()<unit>(n);
-    if (i < end) pack.template operator()<false>(int(end - i));
+    for (; mode == Mode::any ? i < end : i + n <= end; i += n)
+      backward_pack<S, mode>(a.o, clamp, dlogdet, at<mode>(dy, i), at<mode>(x, i), parameter_at<mode>(shift, i), parameter_at<mode>(log_scale, i),
+                             mask + i, at<mode>(dx, i), parameter_at<mode>(dshift, i), parameter_at<mode>(dlog_scale, i),
+                             mode == Mode::any && end - i < n ? int(end - i) : n);
+    if (mode != Mode::any && i < end) backward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + end);
   });
 }
 
@@ -295,11 +351,11 @@ void backward_rows(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, 
   const Pack<C> clamp = broadcast(C(a.o.clamp));
   for (int64_t row = begin; row < end; row += width<T>) {
     const int n = int(end - row < width<T> ? end - row : width<T>);
-    const Pack<C> dlogdet = get<false>(Cursor<const A>{a.dlogdet + row * a.dlogdet_stride, a.dlogdet_stride}, n);
+    const Pack<C> dlogdet = load_strided(a.dlogdet + row * a.dlogdet_stride, a.dlogdet_stride, n);
     for (int64_t k = 0; k < w.nest.outer; ++k)
       for (int64_t i = 0; i < w.nest.run; ++i)
-        backward_pack<S, false>(a.o, clamp, dlogdet, w.dy.along_batch(row, k, i), w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i),
-                                w.log_scale.along_batch(row, k, i), w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{},
+        backward_pack<S, Mode::any>(a.o, clamp, dlogdet, w.dy.along_batch(row, k, i), w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i),
+                                w.log_scale.along_batch(row, k, i), w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0},
                                 w.dx.along_batch(row, k, i), w.dshift.along_batch(row, k, i), w.dlog_scale.along_batch(row, k, i), n);
   }
 }
@@ -309,15 +365,21 @@ template <AffineScale S, class T, class A> void backward(const AffineCouplingBac
   const AffineCouplingOptions& o = a.o;
   const int64_t elements = o.count * o.inner, segments = by_segment ? affine_coupling_segments(o) : 1;
   if (!by_segment && along_batch<T>(w.nest, o)) {
-    for (int64_t row = begin; row < end; ++row) copy_rest(o, a.dy, a.dy_strides, a.dx, a.dx_strides, row);
+    copy_rest_of_rows(o, a.dy, a.dy_strides, a.dx, a.dx_strides, begin, end);
     return backward_rows<S>(a, w, begin, end);
   }
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = i / segments, segment = i % segments;
     if (!by_segment) copy_rest(o, a.dy, a.dy_strides, a.dx, a.dx_strides, row);
     const int64_t first = elements * segment / segments, last = elements * (segment + 1) / segments;
-    if (w.unit) backward_elements<S, true>(a, w, row, first, last);
-    else backward_elements<S, false>(a, w, row, first, last);
+    if constexpr (std::is_same_v<T, float> && S != AffineScale::additive) {
+      if (w.mode == Mode::pairs) {
+        backward_elements<S, Mode::pairs>(a, w, row, first, last);
+        continue;
+      }
+    }
+    if (w.mode == Mode::unit) backward_elements<S, Mode::unit>(a, w, row, first, last);
+    else backward_elements<S, Mode::any>(a, w, row, first, last);
   }
 }
 

@@ -2,6 +2,8 @@
 // the end of a run. 16-bit types are computed in float. Included only from *.simd.cpp, as simd.h.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 #include "storage.h"
 
@@ -94,36 +96,54 @@ PYFLOWGEN_INLINE void store_every_second(float* p, f32v v) {
   store(p + n - 1, __builtin_shuffle(load(p + n - 1), v, high));
 }
 
-// One pack from elements p[0], p[stride], p[2 stride], …
-template <class T> PYFLOWGEN_INLINE Pack<Compute<T>> load_strided(const T* p, int64_t stride) {
-  if (stride == 1) return load_as(p);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (stride == 2) return load_every_second(p);
-  }
-  T buffer[width<T>];
-  for (int i = 0; i < width<T>; ++i) buffer[i] = p[i * stride];
-  return load_as(buffer);
+// Two packs from alternating elements p[0], p[1], p[0], …, and back.
+PYFLOWGEN_INLINE void load_pairs(const float* p, f32v& even, f32v& odd) {
+  constexpr int n = lanes<float>;
+  i32v index;
+  for (int i = 0; i < n; ++i) index[i] = 2 * i;
+  const f32v low = load(p), high = load(p + n);
+  even = __builtin_shuffle(low, high, index);
+  odd = __builtin_shuffle(low, high, index + 1);
 }
-template <class T> PYFLOWGEN_INLINE void store_strided(T* p, int64_t stride, Pack<Compute<T>> v) {
-  if (stride == 1) return store_as(p, v);
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (stride == 2) return store_every_second(p, v);
-  }
-  T buffer[width<T>];
-  store_as(buffer, v);
-  for (int i = 0; i < width<T>; ++i) p[i * stride] = buffer[i];
+PYFLOWGEN_INLINE void store_pairs(float* p, f32v even, f32v odd) {
+  constexpr int n = lanes<float>;
+  i32v index;
+  for (int i = 0; i < n; ++i) index[i] = i / 2 + (i % 2) * n;
+  store(p, __builtin_shuffle(even, odd, index));
+  store(p + n, __builtin_shuffle(even, odd, index + n / 2));
 }
 
-// The same for the first n < width<T> elements; lanes beyond them are 0.
-template <class T> PYFLOWGEN_INLINE Pack<Compute<T>> load_strided(const T* p, int64_t stride, int n) {
+// The first n elements p[0], p[stride], …, one at a time; lanes beyond them are 0. Not inlined: the slow way is taken
+// for the end of a run and for odd strides, and would be most of every kernel's code.
+template <class T> __attribute__((noinline)) Pack<Compute<T>> gather(const T* p, int64_t stride, int n) {
   T buffer[width<T>] = {};
   for (int i = 0; i < n; ++i) buffer[i] = p[i * stride];
   return load_as(buffer);
 }
-template <class T> PYFLOWGEN_INLINE void store_strided(T* p, int64_t stride, Pack<Compute<T>> v, int n) {
+template <class T> __attribute__((noinline)) void scatter(T* p, int64_t stride, Pack<Compute<T>> v, int n) {
   T buffer[width<T>];
   store_as(buffer, v);
   for (int i = 0; i < n; ++i) p[i * stride] = buffer[i];
+}
+
+// One pack, or the first n elements of one.
+template <class T> PYFLOWGEN_INLINE Pack<Compute<T>> load_strided(const T* p, int64_t stride, int n) {
+  if (n == width<T>) {
+    if (stride == 1) return load_as(p);
+    if constexpr (std::is_same_v<T, float>) {
+      if (stride == 2) return load_every_second(p);
+    }
+  }
+  return gather(p, stride, n);
+}
+template <class T> PYFLOWGEN_INLINE void store_strided(T* p, int64_t stride, Pack<Compute<T>> v, int n) {
+  if (n == width<T>) {
+    if (stride == 1) return store_as(p, v);
+    if constexpr (std::is_same_v<T, float>) {
+      if (stride == 2) return store_every_second(p, v);
+    }
+  }
+  scatter(p, stride, v, n);
 }
 
 // Lanes below n are all ones, the rest zero: the mask of a partial pack.

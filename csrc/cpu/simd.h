@@ -72,12 +72,24 @@ PYFLOWGEN_INLINE f64v fma(f64v a, f64v b, f64v c) {
 #endif
 }
 
-// Sum of the lanes, always in the same order.
-template <class V> PYFLOWGEN_INLINE auto reduce_add(V v) {
-  constexpr int n = int(sizeof(V) / sizeof(v[0]));
-  auto sum = v[0];
-  for (int i = 1; i < n; ++i) sum += v[i];
-  return sum;
+typedef float f32h __attribute__((vector_size(vector_bytes / 2)));
+
+// The lanes as doubles, those of the lower and of the upper half added.
+PYFLOWGEN_INLINE f64v widen_add(f32v v) {
+  f32h half[2];
+  __builtin_memcpy(half, &v, sizeof v);
+  return __builtin_convertvector(half[0], f64v) + __builtin_convertvector(half[1], f64v);
+}
+PYFLOWGEN_INLINE f64v widen_add(f64v v) { return v; }
+
+// Sum of the lanes, always as the same tree.
+PYFLOWGEN_INLINE double reduce_add(f64v v) {
+  for (int n = lanes<double> / 2; n >= 1; n /= 2) {
+    i64v index{};
+    for (int i = 0; i < n; ++i) index[i] = i + n;
+    v += __builtin_shuffle(v, index);
+  }
+  return v[0];
 }
 
 } // namespace pyflowgen::PYFLOWGEN_ISA

@@ -9,34 +9,34 @@
 
 namespace pyflowgen::PYFLOWGEN_ISA::formula {
 
-// s -> scale a, its reciprocal (by one exponential where there is one), l = log a and l'(s). What a caller does not
-// use, the compiler drops.
-template <class V> struct ScaleValue { V a, reciprocal, l, derivative; };
+// s -> the factor that is applied (a, or 1/a for the inverse), l = log a and l'(s); what a caller does not use, the
+// compiler drops. One division each where one will do, and the same for both directions: the choice is a blend.
+template <class V> struct ScaleValue { V factor, l, derivative; };
 
 template <AffineScale S, class V> PYFLOWGEN_FORMULA ScaleValue<V> scale_value(V s, V clamp, bool inverse) {
   const V zero = splat<V>(0), one = splat<V>(1);
-  if constexpr (S == AffineScale::sigmoid || S == AffineScale::sigmoid_eps) {
-    const V u = s + splat<V>(2);
-    const V e = exp(-abs(u));  // in (0, 1]: neither overflows for any u
-    const V small = u < zero ? e : one, large = u < zero ? one : e;
-    const V sigma = small / (one + e);
+  if constexpr (S == AffineScale::sigmoid || S == AffineScale::sigmoid_eps || S == AffineScale::softplus) {
+    const V u = S == AffineScale::softplus ? s : s + splat<V>(2);
+    const V e = exp(-abs(u)), sum = one + e;  // e in (0, 1]: nothing overflows for any u
+    const V numerator = u < zero ? e : one;   // sigmoid(u) = numerator / sum, sigmoid(-u) = e / (numerator sum)
     if constexpr (S == AffineScale::sigmoid) {
-      return {sigma, (one + e) / small, (u < zero ? u : zero) - log1p(e), large / (one + e)};
+      return {(inverse ? sum : numerator) / (inverse ? numerator : sum), (u < zero ? u : zero) - log1p_unit(e), (u < zero ? one : e) / sum};
+    } else if constexpr (S == AffineScale::sigmoid_eps) {
+      const V shifted = fma(splat<V>(1e-3), sum, numerator);  // a = shifted / sum
+      const V factor = (inverse ? sum : shifted) / (inverse ? shifted : sum), l = log(factor);
+      return {factor, inverse ? -l : l, e / (sum * shifted)};
     } else {
-      const V a = sigma + splat<V>(1e-3);
-      return {a, one / a, log(a), sigma * (large / (one + e)) / a};
+      const V a = (u < zero ? zero : u) + log1p_unit(e) + splat<V>(1e-3);
+      return {inverse ? one / a : a, log(a), numerator / (sum * a)};
     }
-  } else if constexpr (S == AffineScale::softplus) {
-    const V a = softplus(s) + splat<V>(1e-3);
-    return {a, one / a, log(a), sigmoid(s) / a};
   } else {
     V l = s, derivative = one;
     if constexpr (S == AffineScale::tanh) {
-      const V th = tanh(s / clamp);
+      const V th = tanh(s * (one / clamp));
       l = clamp * th;
       derivative = one - th * th;
     } else if constexpr (S == AffineScale::softclip) {
-      const V d = one / (one + abs(s / clamp));
+      const V d = one / (one + abs(s * (one / clamp)));
       l = s * d;
       derivative = d * d;
     } else if constexpr (S == AffineScale::atan) {
@@ -44,8 +44,7 @@ template <AffineScale S, class V> PYFLOWGEN_FORMULA ScaleValue<V> scale_value(V 
       l = c * atan(s);
       derivative = c / (one + s * s);
     }
-    const V a = exp(inverse ? -l : l);
-    return {a, a, l, derivative};
+    return {exp(inverse ? -l : l), l, derivative};
   }
 }
 
@@ -56,12 +55,9 @@ template <AffineScale S, class V> PYFLOWGEN_FORMULA Coupled<V> affine_coupling(V
   if constexpr (S == AffineScale::additive) {
     return {inverse ? x - t : x + t, splat<V>(0)};
   } else {
-    const auto scale = scale_value<S>(s, clamp, inverse);
-    if (inverse) {
-      const V r = scale.reciprocal;
-      return {shift_first ? x * r - t : (x - t) * r, scale.l};
-    }
-    return {shift_first ? (x + t) * scale.a : fma(x, scale.a, t), scale.l};
+    const auto [factor, l, derivative] = scale_value<S>(s, clamp, inverse);
+    if (inverse) return {shift_first ? x * factor - t : (x - t) * factor, l};
+    return {shift_first ? (x + t) * factor : fma(x, factor, t), l};
   }
 }
 
@@ -73,14 +69,14 @@ PYFLOWGEN_FORMULA CoupledGradient<V> affine_coupling_backward(V dy, V dlogdet, V
   if constexpr (S == AffineScale::additive) {
     return {dy, inverse ? -dy : dy, splat<V>(0)};
   } else {
-    const auto scale = scale_value<S>(s, clamp, inverse);
-    const V dx = dy * (inverse ? scale.reciprocal : scale.a);
+    const auto [factor, l, derivative] = scale_value<S>(s, clamp, inverse);
+    const V dx = dy * factor;
     if (inverse) {
       const V scaled = shift_first ? x : x - t;  // what the scale divides
-      return {dx, shift_first ? -dy : -dx, -(fma(dx, scaled, dlogdet) * scale.derivative)};
+      return {dx, shift_first ? -dy : -dx, -(fma(dx, scaled, dlogdet) * derivative)};
     }
     const V scaled = shift_first ? x + t : x;
-    return {dx, shift_first ? dx : dy, fma(dx, scaled, dlogdet) * scale.derivative};
+    return {dx, shift_first ? dx : dy, fma(dx, scaled, dlogdet) * derivative};
   }
 }
 

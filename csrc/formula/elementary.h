@@ -8,8 +8,8 @@
 // All rounding is as written: compile with -ffp-contract=off. Each error bound holds with fma() rounding once and with
 // fma() rounding twice (baseline), because every product that must be exact has the trailing zeros for it; nvcc's own
 // contraction does no harm either. Denormal arguments and results are honoured; flush-to-zero modes are not supported.
-// A pack gives bit for bit the scalar's result of the same copy.
-// NaN gives NaN; where the text says nothing else, arguments outside the domain give NaN.
+// A pack gives bit for bit the scalar's result of the same copy, and all copies with FMA give the same (NaN payloads
+// aside). NaN gives NaN.
 // Polynomials are minimax in relative error (Remez), their coefficients rounded one by one with the rest refitted.
 #pragma once
 
@@ -207,7 +207,7 @@ PYFLOWGEN_FORMULA Reduced<V> reduce_exp(V x) {
   return {fma(n, splat<V>(-ln2_low<V>), r), n, bit_cast<Bits<V>>(t)};
 }
 
-// (e^r - 1 - r) / r^2 for |r| <= ln2/2; error 2^-26.1 (float), 2^-58 (double) of e^r - 1.
+// (e^r - 1 - r) / r^2 for |r| <= ln2/2; error 2^-26.1 (float), 2^-59.8 (double) of e^r - 1.
 template <class V>
 PYFLOWGEN_FORMULA V exp_tail(V r) {
   if constexpr (single<V>)
@@ -245,8 +245,8 @@ struct Split {
 };
 template <class V>
 PYFLOWGEN_FORMULA Split<V> split(V x) {
-  constexpr Lane<V> one = Lane<V>(exponent_bias<V>) << mantissa_bits<V>, mantissa = (Lane<V>(1) << mantissa_bits<V>)-1;
-  constexpr Lane<V> three_quarters = one - (Lane<V>(1) << (mantissa_bits<V> - 1));
+  constexpr Lane<V> unit = Lane<V>(1) << mantissa_bits<V>, one = exponent_bias<V> * unit, mantissa = unit - 1;
+  constexpr Lane<V> three_quarters = one - unit / 2;
   // The exponent field of x / (3/4) in fixed point: subtracting borrows across the mantissa.
   Bits<V> ratio = bit_cast<Bits<V>>(x) + (one - three_quarters);
   return {bit_cast<V>((ratio & mantissa) + three_quarters) - 1, ratio >> mantissa_bits<V>};
@@ -338,14 +338,16 @@ PYFLOWGEN_FORMULA V log1p_unit(V e) {
 }
 
 // ---- the functions -----------------------------------------------------------------------------------------------
+// "Error: a / b ulp": the largest found, a for float at every 16th bit pattern (baseline, AVX-512), b for double at
+// some 4e4 points. An ulp is the spacing of the numbers at the exact result, denormals included.
 
-// e^x.
+// e^x = 2^n e^r. Error: 1.2 / 1.1 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V exp(V x) {
   return exp_in_range(at_most(at_least(x, exp_lowest<V>), exp_highest<V>));
 }
 
-// e^x - 1 = 2^n (e^r - 1) + (2^n - 1), halved so that 2^n stays finite. expm1(-0) = -0.
+// e^x - 1 = 2^n (e^r - 1) + (2^n - 1), halved so that 2^n stays finite. expm1(-0) = -0. Error: 1.7 / 1.7 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V expm1(V x) {
   constexpr Element<V> half = 0.5;
@@ -357,14 +359,14 @@ PYFLOWGEN_FORMULA V expm1(V x) {
   return abs(x) < Element<V>(1e-20) ? x : y;
 }
 
-// log x. log(+-0) = -inf, log of a negative number is NaN.
+// log x = n ln2 + log(1 + f). log(+-0) = -inf, log of a negative number is NaN. Error: 1.0 / 0.9 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V log(V x) {
   auto [f, n] = split_any(x);
   return log_edges(x, add_ln2(n, f, log_tail(f)));
 }
 
-// log(1 + x). log1p(-0) = -0, log1p(-1) = -inf, NaN below -1.
+// log(1 + x). log1p(-0) = -0, log1p(-1) = -inf, NaN below -1. Error: 1.0 / 0.8 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V log1p(V x) {
   constexpr Element<V> quarter = 0.25;
@@ -378,7 +380,7 @@ PYFLOWGEN_FORMULA V log1p(V x) {
   return abs(x) < Element<V>(1e-20) ? x : y;
 }
 
-// tanh x = (e^2|x| - 1) / (e^2|x| + 1) with x's sign; the numerator as in expm1.
+// tanh x = (e^2|x| - 1) / (e^2|x| + 1) with x's sign; the numerator as in expm1. tanh(-0) = -0. Error: 2.6 / 2.4 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V tanh(V x) {
   auto [r, n, biased] = reduce_exp<exponent_bias<V>>(2 * at_most(abs(x), single<V> ? 10 : 20));
@@ -387,27 +389,28 @@ PYFLOWGEN_FORMULA V tanh(V x) {
   return with_sign_of(x, e / (e + 2));
 }
 
-// 1 / (1 + e^-x), as e^x / (1 + e^x) for x < 0.
+// sigmoid x = 1 / (1 + e^-x), as e^x / (1 + e^x) for x < 0. Error: 2.4 / 2.1 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V sigmoid(V x) {
   V e = exp_in_range(at_least(-abs(x), exp_lowest<V>));
   return (x < 0 ? e : splat<V>(1)) / (e + 1);
 }
 
-// log(1 + e^x) = max(x, 0) + log1p(e^-|x|).
+// softplus x = log(1 + e^x) = max(x, 0) + log(1 + e^-|x|). Error: 2.3 / 1.9 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V softplus(V x) {
   V tail = log1p_unit(exp_in_range(at_least(-abs(x), exp_lowest<V>)));
   return at_least(x, 0) + tail;
 }
 
-// log sigmoid x = -softplus(-x).
+// log(sigmoid(x)) = -softplus(-x); log_sigmoid(inf) = -0. Error: 2.2 / 1.9 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V log_sigmoid(V x) {
   return -softplus(-x);
 }
 
-// atan |x| = pi/2 - atan(1/|x|) beyond 1; else the odd minimax polynomial (error 2^-28.5 in float, 2^-59.5 in double).
+// atan x, beyond 1 as pi/2 - atan(1/|x|) with x's sign; one odd polynomial for [0, 1], error 2^-28.5 (float), 2^-59.5
+// (double). atan(-0) = -0. Error: 2.0 / 1.7 ulp.
 template <class V>
 PYFLOWGEN_FORMULA V atan(V x) {
   V a = abs(x);

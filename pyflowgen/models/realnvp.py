@@ -10,7 +10,7 @@ from pyflowgen.bijection import Bijection, Chain
 from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Squeeze
 from pyflowgen.nets import MLP, ConvResNet
-from pyflowgen.ops.affine_coupling import AffineCoupling
+from pyflowgen.ops.affine_coupling import AffineCoupling, Mask
 from pyflowgen.ops.affine_coupling import Scale as ScaleMap
 
 
@@ -21,8 +21,8 @@ class RealNVP(Flow):
     come in pairs that transform one half each; between the pairs the dimensions are permuted.
 
     *Images* (`(C, H, W)`): on each of `scales` scales 3 checkerboard couplings, a 2×2 squeeze, 3 channel-wise
-    couplings, and half of the channels leave as latents; the last scale has 4 checkerboard couplings. An `ActNorm` takes
-    the place of the paper's batch normalisation. Latents are flat, `(..., C·H·W)`.
+    couplings, and half of the channels leave as latents; the last scale has 4 checkerboard couplings. An `ActNorm`
+    takes the place of the paper's batch normalisation. Latents are flat, `(..., C·H·W)`.
 
     Args:
         event_shape: shape of one datum. H and W must be divisible by :math:`2^{scales-1}`.
@@ -86,7 +86,7 @@ class RealNVP(Flow):
         if alpha is not None:
             layers.append(Logit(alpha, event_dim=n))
 
-        def step(c: int, mask: str, swap: bool) -> list[Bijection]:
+        def step(c: int, mask: Mask, swap: bool) -> list[Bijection]:
             """ActNorm and coupling on `c` channels; the transformed part and what is conditioned on by `mask`."""
             net: MLP | ConvResNet
             n_in, n_out = c, c  # a checkerboard keeps the shape of both parts

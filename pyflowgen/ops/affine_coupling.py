@@ -10,19 +10,22 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyflowgen import _native
+from pyflowgen.bijection import Bijection
 
 Scale = Literal["exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus"]
 Order = Literal["scale_shift", "shift_scale"]
 Layout = Literal["halves", "interleaved", "pairs"]
+Mask = Literal["halves", "channel", "interleaved", "checkerboard"]
 
 # The place in the tuple is the code that the operators take; 0 is the additive coupling and separate tensors.
 _SCALES = ("additive", "exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus")
 _LAYOUTS = (None, "halves", "interleaved", "pairs")
 _DEFAULT_CLAMP = {"tanh": 2.0, "atan": 2.0, "softclip": -math.log(1e-3)}
 _ORDERS = ("scale_shift", "shift_scale")
+_MASKS = ("halves", "channel", "interleaved", "checkerboard")
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -50,9 +53,8 @@ def _unpack(params: Tensor, log_scale: Tensor | None, layout: int, event_dim: in
     if layout == 1:
         shift, log_scale = params.chunk(2, dim=-event_dim)
     elif layout == 2:
-        index: tuple[slice, ...] = (slice(None),) * (event_dim - 1)
-        shift = params[(..., slice(0, None, 2), *index)]
-        log_scale = params[(..., slice(1, None, 2), *index)]
+        before = (slice(None),) * (params.dim() - event_dim)
+        shift, log_scale = params[(*before, slice(0, None, 2))], params[(*before, slice(1, None, 2))]
     elif layout == 3:
         shift, log_scale = params.unbind(-1)
     else:
@@ -198,10 +200,28 @@ def affine_coupling(
     if not _native.use_kernel("affine_coupling", x):
         return _reference(*args)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad or (s is not None and s.requires_grad)):
-        y, logdet = _AffineCoupling.apply(*args)
+        y, logdet = _AffineCoupling.apply(*args)  # type: ignore[no-untyped-call]
         return y, logdet
     y, logdet = torch.ops.pyflowgen.affine_coupling(*args)
     return y, logdet
+
+
+def _check_options(scale: str, clamp: float | None, order: str, layout: str | None) -> float:
+    """Check the options that are no tensors; returns the clamp to use."""
+    if order not in _ORDERS:
+        raise ValueError(f"order must be one of {_ORDERS}, got {order!r}")
+    if layout not in _LAYOUTS:
+        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}")
+    if scale not in _SCALES[1:]:
+        raise ValueError(f"scale must be one of {_SCALES[1:]}, got {scale!r}")
+    default = _DEFAULT_CLAMP.get(scale)
+    if clamp is None:
+        return default or 0.0
+    if default is None:
+        raise ValueError(f"scale={scale!r} takes no clamp")
+    if not clamp > 0:
+        raise ValueError(f"clamp must be positive, got {clamp}")
+    return float(clamp)
 
 
 def _arguments(
@@ -222,21 +242,9 @@ def _arguments(
         raise TypeError(f"x and shift must be tensors, got {type(x).__name__} and {type(shift).__name__}")
     if not 0 <= event_dim <= x.dim():
         raise ValueError(f"event_dim must be between 0 and x's {x.dim()} dimensions, got {event_dim}")
-    if order not in _ORDERS:
-        raise ValueError(f"order must be one of {_ORDERS}, got {order!r}")
-    if layout not in _LAYOUTS:
-        raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}")
-    if scale not in _SCALES[1:]:
-        raise ValueError(f"scale must be one of {_SCALES[1:]}, got {scale!r}")
+    clamp = _check_options(scale, clamp, order, layout)
     if layout is not None and log_scale is not None:
         raise ValueError(f"layout={layout!r} reads log_scale from shift: log_scale must be None")
-    default = _DEFAULT_CLAMP.get(scale)
-    if clamp is None:
-        clamp = default or 0.0
-    elif default is None:
-        raise ValueError(f"scale={scale!r} takes no clamp")
-    elif not clamp > 0:
-        raise ValueError(f"clamp must be positive, got {clamp}")
 
     if torch.is_autocast_enabled(x.device.type):  # a log-determinant is not for half precision
         x, shift = x.float(), shift.float()
@@ -260,8 +268,11 @@ def _arguments(
     start, step = (0, 1) if part is None else part
     if part is not None:
         # How many channels are transformed is the parameters' word.
-        sizes = [t.shape[dim] for t in (shift, log_scale) if t is not None and t.dim() > dim]
-        count = max(sizes, default=0) // (2 if code in (1, 2) else 1)
+        count = shift.shape[dim] if shift.dim() > dim else 0
+        if log_scale is not None and log_scale.dim() > dim:
+            count = max(count, log_scale.shape[dim])
+        if code in (1, 2):
+            count //= 2
         if start < 0 or step < 1 or count < 1 or start + (count - 1) * step >= x.shape[dim]:
             raise ValueError(
                 f"part=(start={start}, step={step}) with {count} channels of parameters does not fit "
@@ -304,27 +315,37 @@ def _arguments(
             ) from None
     code_scale = 0 if code == 0 and log_scale is None else _SCALES.index(scale)
     return (
-        x, shift, log_scale, mask, code, start, step, code_scale, float(clamp), order == "shift_scale", bool(inverse),
+        x, shift, log_scale, mask, code, start, step, code_scale, clamp, order == "shift_scale", bool(inverse),
         event_dim,
     )  # fmt: skip
 
 
 class _AffineCoupling(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def, override]
+    def forward(ctx, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, params, log_scale, mask)
         ctx.options = options
         ctx.set_materialize_grads(False)
         return torch.ops.pyflowgen.affine_coupling(x, params, log_scale, mask, *options)
 
     @staticmethod
-    def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def, override]
+    def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def]
         x, params, log_scale, mask = ctx.saved_tensors
         blanks = (None,) * (1 + len(ctx.options))
+        layout, start, step, scale, _, _, inverse, event_dim = ctx.options
+        if scale == 0 and mask is None:  # y = x ± shift: the gradient is dy itself, and its own derivative
+            if dy is None:
+                return None, None, None, *blanks
+            dim = dy.dim() - event_dim
+            dshift = -dy if inverse else dy
+            if params.shape != dy.shape:
+                end = start + (params.shape[dim] - 1) * step + 1
+                dshift = dshift[(slice(None),) * dim + (slice(start, end, step),)]
+            return dy, dshift, None, *blanks
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-            inputs = [t for t, need in zip((x, params, log_scale), ctx.needs_input_grad) if need]
+            inputs = [t for t, need in zip((x, params, log_scale), ctx.needs_input_grad[:3], strict=True) if need]
             outputs = _reference(x, params, log_scale, mask, *ctx.options)
-            pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet)) if g is not None and o.requires_grad]
+            pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet), strict=True) if g is not None and o.requires_grad]
             grads = iter(
                 torch.autograd.grad(
                     [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
@@ -338,6 +359,164 @@ class _AffineCoupling(torch.autograd.Function):
                 dy, dlogdet, x, params, log_scale, mask, *ctx.options
             )
         return dx, dparams, dlog_scale if log_scale is not None else None, *blanks
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+class _Coupling(Bijection):
+    """Split by a mask, condition on one part, transform the other; one pass over x whatever the mask."""
+
+    def __init__(
+        self, conditioner: nn.Module, *, mask: Mask | Tensor = "halves", swap: bool = False, event_dim: int = 1
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not callable(conditioner):
+            raise TypeError(f"{name}: conditioner is {type(conditioner).__name__}, expected a module")
+        if event_dim < 1:
+            raise ValueError(f"{name}: event_dim is {event_dim}, expected at least 1")
+        if isinstance(mask, Tensor):
+            if mask.dtype != torch.bool or mask.dim() > event_dim:
+                raise ValueError(
+                    f"{name}: mask is {mask.dtype} of shape {tuple(mask.shape)}, "
+                    f"expected bool of at most event_dim={event_dim} dimensions"
+                )
+        elif mask not in _MASKS:
+            raise ValueError(f"{name}: mask is {mask!r}, expected one of {_MASKS} or a bool tensor")
+        elif mask == "checkerboard" and event_dim < 2:
+            raise ValueError(f"{name}: mask 'checkerboard' needs images, event_dim at least 2, got {event_dim}")
+        self.conditioner, self.swap, self.event_dim = conditioner, swap, event_dim
+        self.mask = "tensor" if isinstance(mask, Tensor) else mask
+        self.transformed: Tensor
+        transformed = mask.logical_xor(torch.tensor(swap)) if isinstance(mask, Tensor) else torch.empty(0)
+        self.register_buffer("transformed", transformed, persistent=isinstance(mask, Tensor))
+
+    def _parameters_and_part(
+        self, x: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, tuple[int, int] | None, Tensor | None]:
+        """(conditioner's output, part, mask): what it is given is the part that stays as it is."""
+        dim = x.dim() - self.event_dim
+        if dim < 0:
+            raise ValueError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)}, expected {self.event_dim} event dims"
+            )
+        channels = x.shape[dim]
+        part, mask = None, None
+        if self.mask in ("checkerboard", "tensor"):
+            mask = self._checkerboard(x) if self.mask == "checkerboard" else self.transformed
+            same = torch.where(mask, 0, x)
+        else:
+            if channels < 2:
+                raise ValueError(
+                    f"{type(self).__name__}: x has shape {tuple(x.shape)}, "
+                    f"expected at least 2 channels for mask {self.mask!r}"
+                )
+            if self.mask == "interleaved":
+                part = (0, 2) if self.swap else (1, 2)
+                same = x[(slice(None),) * dim + (slice(1 - part[0], None, 2),)]
+            else:  # the first half has the odd channel
+                first = channels - channels // 2
+                part = (0, 1) if self.swap else (first, 1)
+                same = x.narrow(dim, first, channels - first) if self.swap else x.narrow(dim, 0, first)
+        return (self.conditioner(same) if context is None else self.conditioner(same, context)), part, mask
+
+    def _checkerboard(self, x: Tensor) -> Tensor:
+        """True where row + column is odd (even when swapped), of the last two dimensions."""
+        h, w = x.shape[-2:]
+        if self.transformed.shape != (h, w) or self.transformed.device != x.device:
+            rows, columns = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
+            self.transformed = (rows[:, None] + columns) % 2 == (0 if self.swap else 1)
+        return self.transformed
+
+    def extra_repr(self) -> str:
+        return f"mask={self.mask!r}, swap={self.swap}, event_dim={self.event_dim}"
+
+
+class AffineCoupling(_Coupling):
+    r"""Affine coupling layer: one part of x is scaled and shifted by functions of the other, which stays.
+
+    .. math:: y_a = x_a \qquad y_b = x_b\,e^{\ell(s(x_a))} + t(x_a) \qquad \log|\det| = \sum \ell(s(x_a))
+
+    Args:
+        conditioner: module giving ``(t, s)`` packed on the channel dimension; called with the part that stays, and
+            with the context when there is one. With a checkerboard or a tensor for a mask it is given all of x with
+            zeros in the transformed places, and gives parameters for all.
+        mask: which channels are transformed. ``"halves"`` (``"channel"`` is the same for images): the last half;
+            ``"interleaved"``: 1, 3, 5, …; ``"checkerboard"``: pixels of odd row + column; or a bool tensor,
+            broadcastable to the event shape, True where transformed.
+        swap: transform the other part instead.
+        scale, clamp, order: as in :func:`affine_coupling`.
+        event_dim: 1 for vectors, 3 for images ``(C, H, W)``.
+        layout: how the conditioner packs its output, ``"halves"``, ``"interleaved"`` or ``"pairs"``.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio, *Density estimation using Real NVP*, 2016.
+
+    Example:
+        >>> import torch, pyflowgen
+        >>> layer = pyflowgen.AffineCoupling(torch.nn.Linear(2, 4), scale="tanh")
+        >>> x = torch.randn(5, 4)
+        >>> y, logdet = layer(x)
+        >>> torch.equal(y[:, :2], x[:, :2]), torch.allclose(layer.inverse(y)[0], x, atol=1e-5), logdet.shape
+        (True, True, torch.Size([5]))
+    """
+
+    def __init__(
+        self,
+        conditioner: nn.Module,
+        *,
+        mask: Mask | Tensor = "halves",
+        swap: bool = False,
+        scale: Scale = "exp",
+        clamp: float | None = None,
+        order: Order = "scale_shift",
+        event_dim: int = 1,
+        layout: Layout = "halves",
+    ) -> None:
+        super().__init__(conditioner, mask=mask, swap=swap, event_dim=event_dim)
+        _check_options(scale, clamp, order, layout)
+        self.scale: Scale = scale
+        self.clamp, self.order, self.layout = clamp, order, layout
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        params, part, mask = self._parameters_and_part(x, context)
+        return affine_coupling(
+            x, params, scale=self.scale, clamp=self.clamp, order=self.order, inverse=inverse, event_dim=self.event_dim,
+            layout=self.layout, part=part, mask=mask,
+        )  # fmt: skip
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.forward(y, context, inverse=True)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale!r}, clamp={self.clamp}, order={self.order!r}"
+
+
+class AdditiveCoupling(_Coupling):
+    r"""Additive coupling layer of NICE, :math:`y_a = x_a,\; y_b = x_b + t(x_a)`: volume is kept, ``logdet`` is 0.
+
+    Args:
+        conditioner: module giving t; called as in :class:`AffineCoupling`.
+        mask, swap, event_dim: as in :class:`AffineCoupling`.
+
+    References:
+        Dinh, Krueger, Bengio, *NICE: Non-linear Independent Components Estimation*, 2014.
+
+    Example:
+        >>> import torch, pyflowgen
+        >>> layer = pyflowgen.AdditiveCoupling(torch.nn.Linear(2, 2), mask="interleaved")
+        >>> y, logdet = layer(torch.randn(5, 4))
+        >>> logdet
+        tensor([0., 0., 0., 0., 0.])
+    """
+
+    volume_preserving = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        params, part, mask = self._parameters_and_part(x, context)
+        return affine_coupling(x, params, inverse=inverse, event_dim=self.event_dim, part=part, mask=mask)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.forward(y, context, inverse=True)
 
 
 # -------------------------------------------------------------------------------------------------------- fake

