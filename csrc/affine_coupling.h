@@ -36,8 +36,8 @@ template <class T, class A> struct AffineCouplingForward {
 
 template <class T, class A> struct AffineCouplingBackward {
   AffineCouplingOptions o;
-  const T* dy; Strides dy_strides;                // (batch, channels, inner); strides 0 at a zero when there is none
-  const A* dlogdet; int64_t dlogdet_stride;       // (batch); stride 0 at a zero when there is none
+  const T* dy; Strides dy_strides;                // (batch, channels, inner); when there is none strides 0 at a zero, on CUDA null
+  const A* dlogdet; int64_t dlogdet_stride;       // (batch); likewise
   const T* x; Strides x_strides;                  // as forward
   const T* shift; Strides shift_strides;
   const T* log_scale; Strides log_scale_strides;
@@ -58,5 +58,13 @@ PYFLOWGEN_PER_ISA(
   template <class T, class A> void affine_coupling_backward(const AffineCouplingBackward<T, A>&, int64_t begin, int64_t end, bool by_segment);
 )
 // clang-format on
+
+// The launchers of csrc/cuda. Where an event is cut into several segments the forward one needs `partial`,
+// (batch, segments). `stream` is a cudaStream_t.
+namespace cuda {
+int64_t affine_coupling_segments(const AffineCouplingOptions&);
+template <class T, class A> void affine_coupling(const AffineCouplingForward<T, A>&, double* partial, void* stream);
+template <class T, class A> void affine_coupling_backward(const AffineCouplingBackward<T, A>&, void* stream);
+} // namespace cuda
 
 } // namespace pyflowgen

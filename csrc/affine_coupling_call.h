@@ -31,7 +31,7 @@ class AffineCouplingCall {
             static_cast<T*>(y.written.mutable_data_ptr()), y.strides, static_cast<A*>(logdet.mutable_data_ptr())};
   }
 
-  // `zero` is read with strides 0 in the place of an absent dy or dlogdet.
+  // `zero` is read with strides 0 in the place of an absent dy or dlogdet (CPU), or null (CUDA).
   template <class T, class A>
   AffineCouplingBackward<T, A> backward(const std::optional<Input>& dy, const std::optional<Tensor>& dlogdet, const void* zero, Output& dx,
                                         Output& dparams, std::optional<Output>& dlog_scale) const {

@@ -1,0 +1,79 @@
+// What every .cu stands on: the launch, its error check, block and grid sizes, accumulation types, sums over threads.
+//
+// The same source compiles with nvcc and, with tests/cuda_on_cpu first on the include path, with g++: kernels are
+// launched with PYFLOWGEN_LAUNCH, dynamic shared memory is named with PYFLOWGEN_DYNAMIC_SHARED, and that folder's
+// cuda_runtime.h supplies both. No inline PTX, so nothing runs on a GPU that the CPU does not run too.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#if defined(__CUDACC__)
+#define PYFLOWGEN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                        \
+  do {                                                                                          \
+    const auto pyflowgen_kernel = kernel;                                                       \
+    pyflowgen_kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
+    ::pyflowgen::cuda::check(cudaGetLastError(), #kernel);                                      \
+  } while (0)
+#define PYFLOWGEN_DYNAMIC_SHARED(type, name)                        \
+  extern __shared__ __align__(16) unsigned char pyflowgen_shared[]; \
+  type* const name = reinterpret_cast<type*>(pyflowgen_shared)
+#endif
+
+namespace pyflowgen::cuda {
+
+// A launch that failed names its kernel. Errors of the kernel's run surface at the caller's next synchronisation.
+inline void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("pyflowgen: launch of ") + kernel + ": " + cudaGetErrorString(error));
+}
+
+// Threads of a block: at 32 registers 8 blocks fill a multiprocessor, at 64 four keep half of it busy.
+inline constexpr int threads = 256, warp = 32;
+
+// Blocks that keep a large GPU busy (132 multiprocessors with 8 to 16 blocks each). A constant, so that work is cut
+// the same way, and sums round the same way, on every device.
+inline constexpr int64_t busy_blocks = 2048;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many threads of a block share a row of `units` pieces of work: a power of two.
+constexpr int lanes_for(int64_t units) {
+  int lanes = 1;
+  while (lanes < threads && lanes < units) lanes *= 2;
+  return lanes;
+}
+
+// n / d for 0 <= n < 2^63 in one wide multiplication, an addition and a shift (Granlund and Montgomery, 1994).
+struct Divider {
+  uint64_t d, magic;
+  int shift;
+  explicit Divider(int64_t divisor) : d(uint64_t(divisor)), shift(0) {
+    while (shift < 63 && (uint64_t(1) << shift) < d) ++shift;
+    magic = uint64_t((((unsigned __int128)1 << 64) * ((uint64_t(1) << shift) - d)) / d) + 1;
+  }
+  __device__ __forceinline__ int64_t operator()(int64_t n) const { return int64_t((__umul64hi(magic, uint64_t(n)) + uint64_t(n)) >> shift); }
+};
+
+// Sum of v over each group of `lanes` consecutive threads (a power of two), in the group's first thread; always in the
+// same order. All threads of the block call it, with the same `lanes`. In double: a long event loses nothing, and at one
+// addition a thread and step it hides behind memory.
+__device__ __forceinline__ double sum_lanes(double v, int lanes) {
+  __shared__ double sums[threads / warp];
+  const int width = lanes < warp ? lanes : warp;
+  for (int step = width / 2; step > 0; step /= 2) v += __shfl_down_sync(0xffffffffu, v, step, width);
+  if (lanes > warp) {
+    if (threadIdx.x % warp == 0) sums[threadIdx.x / warp] = v;
+    __syncthreads();
+    v = 0;
+    if (threadIdx.x % lanes == 0)
+      for (int w = 0; w < lanes / warp; ++w) v += sums[threadIdx.x / warp + w];
+  }
+  return v;
+}
+
+} // namespace pyflowgen::cuda

@@ -1,0 +1,118 @@
+"""The CUDA kernels on the CPU: right values through the dispatcher, clean under the sanitizers, planted bugs found.
+
+The kernels are the .cu files themselves, compiled by g++ with tests/cuda_on_cpu/cuda_runtime.h.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = ROOT / "tests" / "cuda_on_cpu"
+sys.path.insert(0, str(HERE))
+import build  # noqa: E402
+
+KERNELS = build.CSRC / "cuda" / "affine_coupling.cu"
+DRIVER = HERE / "affine_coupling_driver.cpp"
+FLOAT_ONLY = ["-DPYFLOWGEN_FLOAT_ONLY"]
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(build.CXX) is None or platform.system() != "Linux", reason="needs g++ and ucontext on Linux"
+)
+
+
+def execute(program: Path, *arguments: str) -> tuple[int, str]:
+    environment = {**os.environ, "UBSAN_OPTIONS": "print_stacktrace=1", "TSAN_OPTIONS": "history_size=7"}
+    # Neither sanitizer can place its shadow where the addresses are too random.
+    command = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    probe = subprocess.run([*command, "true"], capture_output=True) if command else None
+    if probe is None or probe.returncode:
+        command = []
+    done = subprocess.run(
+        [*command, str(program), *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cuda_on_cpu")
+
+
+def test_features(folder):
+    """Shuffles, votes, barriers, atomics, shared memory; the divider and the 16-bit conversions the kernels use."""
+    code, output = execute(build.program(folder / "features", [HERE / "features.cu"], None, []))
+    assert code == 0, output
+
+
+def test_affine_coupling(folder):
+    library = build.library(folder / "library")
+    environment = {**os.environ, "PYFLOWGEN_LIBRARY": str(library), "OMP_WAIT_POLICY": "passive"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "run_affine_coupling.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("sanitizer,defines", (("address", []), ("thread", FLOAT_ONLY)))
+def test_sanitizers_find_nothing(folder, sanitizer, defines):
+    program = build.program(folder / sanitizer, [DRIVER, KERNELS], sanitizer, defines)
+    code, output = execute(program)
+    assert code == 0 and "ERROR: " not in output and "WARNING: ThreadSanitizer" not in output, output[-5000:]
+
+
+# Name: (file, what stands there, the bug in its place, the build that is to find it, what is to be reported).
+PLANTED = {
+    "removed barrier": ("launch.cuh", "    __syncthreads();\n", "", "thread", "ThreadSanitizer: data race"),
+    "removed barrier, seen in the values": ("launch.cuh", "    __syncthreads();\n", "", None, "logdet is"),
+    "overrun of a tensor": (
+        "affine_coupling.cu", "row < cut.batch ? (last < cut.units ? last : cut.units) : 0",
+        "last < cut.units ? last : cut.units",
+        "address", "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "overrun of shared memory": (
+        "launch.cuh", "double sums[threads / warp];", "double sums[threads / warp - 1];",
+        "address", "global-buffer-overflow|out of bounds",
+    ),
+    "unaligned 128-bit access": (
+        "affine_coupling.cu", " && uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0", "",
+        "address", "misaligned address",
+    ),
+    "race between blocks": (
+        "affine_coupling.cu", "t.partial[here.row * gridDim.y + blockIdx.y] = total", "t.partial[here.row] = total",
+        "thread", "ThreadSanitizer: data race",
+    ),
+    "a barrier some threads miss": (
+        "launch.cuh", "    __syncthreads();\n",
+        "    if (threadIdx.x % 64 != 1) __syncthreads(); else for (;;) __syncwarp();\n",
+        None, "that other threads never reach",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_bug_is_found(folder, name):
+    file, right, wrong, sanitizer, report = PLANTED[name]
+    here = folder / "planted" / name.replace(" ", "_").replace(",", "")
+    shutil.copytree(build.CSRC / "cuda", here / "cuda")
+    changed = here / "cuda" / file
+    text = changed.read_text()
+    assert text.count(right) == 1
+    changed.write_text(text.replace(right, wrong))
+    kernels = here / "cuda" / KERNELS.name
+    # float alone: the driver in its short form calls no other.
+    lines = kernels.read_text().splitlines(keepends=True)
+    kernels.write_text(
+        "".join(line for line in lines if not line.startswith("PYFLOWGEN_INSTANTIATE") or "(float" in line)
+    )
+    program = build.program(here, [DRIVER, kernels], sanitizer, FLOAT_ONLY, folder / f"shared_{sanitizer}")
+    code, output = execute(program, *(["short"] if "unaligned" not in name else []))
+    assert code != 0 and any(part in output for part in report.split("|")), output[-5000:]
