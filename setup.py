@@ -37,7 +37,7 @@ class CMakeBuild(build_ext):
 
     @staticmethod
     def tools(build: Path) -> list[str]:
-        """An isolated build takes its cmake and ninja along when it ends: configure anew when the cached ones are gone."""
+        """Configure anew when the cached cmake or ninja is gone: an isolated build takes them along when it ends."""
         cache = build / "CMakeCache.txt"
         lines = cache.read_text().splitlines() if cache.exists() else []
         known = [x.partition("=")[2] for x in lines if x.startswith(("CMAKE_COMMAND:", "CMAKE_MAKE_PROGRAM:"))]

@@ -59,14 +59,15 @@ def _rival(verdict: Mapping[str, Any], kind: str) -> str:
 
 def _losses(found: Sequence[Mapping[str, Any]]) -> str:
     names = [
-        f"{v['row']['op']} {v['row']['shape']} {v['row']['dtype']} {v['row']['mode']} ({v[f'{kind}_ratio']:.2f}× {v[kind]})"
+        f"{' '.join(v['row'][k] for k in ('op', 'shape', 'dtype', 'mode'))} ({v[f'{kind}_ratio']:.2f}× {v[kind]})"
         for v in found
         for kind in ("eager", "compiled")
         if v[kind] and v[f"{kind}_ratio"] < 1 / TIE
     ]
     if not names:
         return f"Of all {len(found)} rows measured so none is slower than its fastest rival."
-    return f"Of all {len(found)} rows measured so, slower than a rival: " + "; ".join(names) + "."
+    summary = f"Slower than a rival, of all {len(found)} rows measured so:"
+    return f"\n<details><summary>{summary} {len(names)}</summary>\n\n" + "; ".join(names) + ".\n\n</details>"
 
 
 def main(readme: Path = README) -> None:

@@ -26,25 +26,39 @@ struct AffineCouplingOptions {
 // T: storage type. A: type of the log-determinant, double for double and float for the rest.
 template <class T, class A> struct AffineCouplingForward {
   AffineCouplingOptions o;
-  const T* x; Strides x_strides;                  // (batch, channels, inner)
-  const T* shift; Strides shift_strides;          // (batch, count, inner)
-  const T* log_scale; Strides log_scale_strides;  // (batch, count, inner); null when additive
-  const uint8_t* mask; Strides mask_strides;      // (1, channels, inner); null: all of the part is transformed
-  T* y; Strides y_strides;                        // (batch, channels, inner)
-  A* logdet;                                      // (batch)
+  const T* x;
+  Strides x_strides;  // (batch, channels, inner)
+  const T* shift;
+  Strides shift_strides;  // (batch, count, inner)
+  const T* log_scale;
+  Strides log_scale_strides;  // (batch, count, inner); null when additive
+  const uint8_t* mask;
+  Strides mask_strides;  // (1, channels, inner); null: all of the part is transformed
+  T* y;
+  Strides y_strides;  // (batch, channels, inner)
+  A* logdet;          // (batch)
 };
 
 template <class T, class A> struct AffineCouplingBackward {
   AffineCouplingOptions o;
-  const T* dy; Strides dy_strides;                // (batch, channels, inner); when there is none strides 0 at a zero, on CUDA null
-  const A* dlogdet; int64_t dlogdet_stride;       // (batch); likewise
-  const T* x; Strides x_strides;                  // as forward
-  const T* shift; Strides shift_strides;
-  const T* log_scale; Strides log_scale_strides;
-  const uint8_t* mask; Strides mask_strides;
-  T* dx; Strides dx_strides;                      // (batch, channels, inner)
-  T* dshift; Strides dshift_strides;              // (batch, count, inner)
-  T* dlog_scale; Strides dlog_scale_strides;      // (batch, count, inner); null when additive
+  const T* dy;
+  Strides dy_strides;  // (batch, channels, inner); when there is none strides 0 at a zero, on CUDA null
+  const A* dlogdet;
+  int64_t dlogdet_stride;  // (batch); likewise
+  const T* x;
+  Strides x_strides;  // as forward
+  const T* shift;
+  Strides shift_strides;
+  const T* log_scale;
+  Strides log_scale_strides;
+  const uint8_t* mask;
+  Strides mask_strides;
+  T* dx;
+  Strides dx_strides;  // (batch, channels, inner)
+  T* dshift;
+  Strides dshift_strides;  // (batch, count, inner)
+  T* dlog_scale;
+  Strides dlog_scale_strides;  // (batch, count, inner); null when additive
 };
 
 // Work is cut the same way for every number of threads: a row's event into `segments` pieces, each summed by itself,
@@ -65,6 +79,6 @@ namespace cuda {
 int64_t affine_coupling_segments(const AffineCouplingOptions&);
 template <class T, class A> void affine_coupling(const AffineCouplingForward<T, A>&, double* partial, void* stream);
 template <class T, class A> void affine_coupling_backward(const AffineCouplingBackward<T, A>&, void* stream);
-} // namespace cuda
+}  // namespace cuda
 
-} // namespace pyflowgen
+}  // namespace pyflowgen

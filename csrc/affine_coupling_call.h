@@ -12,8 +12,9 @@ enum class Layout : int64_t { separate, halves, interleaved, pairs };
 class AffineCouplingCall {
  public:
   // Checks every argument; throws before anything is allocated.
-  AffineCouplingCall(const Tensor& x, const Tensor& params, const std::optional<Tensor>& log_scale, const std::optional<Tensor>& mask, int64_t layout,
-                     int64_t start, int64_t step, int64_t scale, double clamp, bool shift_first, bool inverse, int64_t event_dim);
+  AffineCouplingCall(const Tensor& x, const Tensor& params, const std::optional<Tensor>& log_scale,
+                     const std::optional<Tensor>& mask, int64_t layout, int64_t start, int64_t step, int64_t scale,
+                     double clamp, bool shift_first, bool inverse, int64_t event_dim);
 
   bool empty() const { return empty_; }
   const AffineCouplingOptions& options() const { return o_; }
@@ -26,15 +27,25 @@ class AffineCouplingCall {
   Tensor new_logdet() const;
 
   template <class T, class A> AffineCouplingForward<T, A> forward(Output& y, Tensor& logdet) const {
-    return {o_, pointer<T>(x_.tensor), x_.strides, pointer<T>(params_.tensor), shift_strides(params_.strides),
-            log_scale_pointer<T>(), log_scale_strides(), mask_pointer(), mask_strides(),
-            static_cast<T*>(y.written.mutable_data_ptr()), y.strides, static_cast<A*>(logdet.mutable_data_ptr())};
+    return {o_,
+            pointer<T>(x_.tensor),
+            x_.strides,
+            pointer<T>(params_.tensor),
+            shift_strides(params_.strides),
+            log_scale_pointer<T>(),
+            log_scale_strides(),
+            mask_pointer(),
+            mask_strides(),
+            static_cast<T*>(y.written.mutable_data_ptr()),
+            y.strides,
+            static_cast<A*>(logdet.mutable_data_ptr())};
   }
 
   // `zero` is read with strides 0 in the place of an absent dy or dlogdet (CPU), or null (CUDA).
-  template <class T, class A>
-  AffineCouplingBackward<T, A> backward(const std::optional<Input>& dy, const std::optional<Tensor>& dlogdet, const void* zero, Output& dx,
-                                        Output& dparams, std::optional<Output>& dlog_scale) const {
+  template <class T, class A> AffineCouplingBackward<T, A> backward(const std::optional<Input>& dy,
+                                                                    const std::optional<Tensor>& dlogdet,
+                                                                    const void* zero, Output& dx, Output& dparams,
+                                                                    std::optional<Output>& dlog_scale) const {
     AffineCouplingBackward<T, A> a{};
     a.o = o_;
     a.dy = dy ? pointer<T>(dy->tensor) : static_cast<const T*>(zero);
@@ -50,17 +61,22 @@ class AffineCouplingCall {
     if (layout_ != Layout::separate) {
       a.dlog_scale = a.dshift + second(dparams.written, dparams.strides), a.dlog_scale_strides = a.dshift_strides;
     } else if (dlog_scale) {
-      a.dlog_scale = static_cast<T*>(dlog_scale->written.mutable_data_ptr()), a.dlog_scale_strides = dlog_scale->strides;
+      a.dlog_scale = static_cast<T*>(dlog_scale->written.mutable_data_ptr()),
+      a.dlog_scale_strides = dlog_scale->strides;
     }
     return a;
   }
 
  private:
   template <class T> static const T* pointer(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
-  Strides shift_strides(Strides s) const { return {s.batch, layout_ == Layout::interleaved ? 2 * s.channel : s.channel, s.inner}; }
+  Strides shift_strides(Strides s) const {
+    return {s.batch, layout_ == Layout::interleaved ? 2 * s.channel : s.channel, s.inner};
+  }
   // Where the log-scale begins within packed parameters.
   int64_t second(const Tensor& params, Strides s) const {
-    return layout_ == Layout::halves ? o_.count * s.channel : layout_ == Layout::interleaved ? s.channel : params.stride(dims_);
+    return layout_ == Layout::halves        ? o_.count * s.channel
+           : layout_ == Layout::interleaved ? s.channel
+                                            : params.stride(dims_);
   }
   template <class T> const T* log_scale_pointer() const {
     if (layout_ != Layout::separate) return pointer<T>(params_.tensor) + second(params_.tensor, params_.strides);
@@ -80,4 +96,4 @@ class AffineCouplingCall {
   bool empty_;
 };
 
-} // namespace pyflowgen
+}  // namespace pyflowgen

@@ -8,13 +8,16 @@ namespace py = pybind11;
 
 #define PYFLOWGEN_STRING_(x) #x
 #define PYFLOWGEN_STRING(x) PYFLOWGEN_STRING_(x)
+#define PYFLOWGEN_TORCH_VERSION \
+  PYFLOWGEN_STRING(TORCH_VERSION_MAJOR) \
+  "." PYFLOWGEN_STRING(TORCH_VERSION_MINOR) "." PYFLOWGEN_STRING(TORCH_VERSION_PATCH)
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Facts about the compiled part of pyflowgen.";
   m.def("build_info", [] {
     py::dict info;
     info["compiler"] = "g++ " __VERSION__;
-    info["torch_built_against"] = PYFLOWGEN_STRING(TORCH_VERSION_MAJOR) "." PYFLOWGEN_STRING(TORCH_VERSION_MINOR) "." PYFLOWGEN_STRING(TORCH_VERSION_PATCH);
+    info["torch_built_against"] = PYFLOWGEN_TORCH_VERSION;
     py::list compiled;
     compiled.append("baseline");
 #if defined(__x86_64__)

@@ -6,4 +6,4 @@
 namespace pyflowgen {
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
-} // namespace pyflowgen
+}  // namespace pyflowgen

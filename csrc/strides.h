@@ -5,4 +5,4 @@
 
 namespace pyflowgen {
 struct Strides { int64_t batch, channel, inner; };
-} // namespace pyflowgen
+}  // namespace pyflowgen

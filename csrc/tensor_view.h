@@ -31,7 +31,8 @@ inline std::optional<int64_t> joint_stride(const Tensor& t, int64_t first, int64
   return stride;
 }
 
-// Dimensions [0, batch_dims) are the batch, the next the channel, those up to `dims` inner; further ones are left alone.
+// Dimensions [0, batch_dims) are the batch, the next the channel, those up to `dims` inner; further ones are left
+// alone.
 inline std::optional<Strides> view3(const Tensor& t, int64_t batch_dims, int64_t dims) {
   const auto batch = joint_stride(t, 0, batch_dims);
   if (dims == batch_dims) return batch ? std::optional(Strides{*batch, 0, 0}) : std::nullopt;
@@ -58,7 +59,8 @@ struct Input {
 struct Output {
   Tensor result, written;
   Strides strides;
-  Output(const Tensor& like, int64_t batch_dims, int64_t dims) : result(torch::stable::empty_like(like)), written(result) {
+  Output(const Tensor& like, int64_t batch_dims, int64_t dims)
+      : result(torch::stable::empty_like(like)), written(result) {
     auto view = view3(result, batch_dims, dims);
     if (!view) {
       written = torch::stable::new_empty(result, result.sizes());
@@ -83,4 +85,4 @@ template <class F> auto with_dtype(ScalarType dtype, const char* op, F f) {
   }
 }
 
-} // namespace pyflowgen
+}  // namespace pyflowgen

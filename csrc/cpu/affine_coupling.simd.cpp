@@ -37,7 +37,9 @@ template <class T> struct Walk {
   T* p;
   int64_t batch, outer, run;
   PYFLOWGEN_INLINE Cursor<T> along_run(int64_t row, int64_t k) const { return {p + row * batch + k * outer, run}; }
-  PYFLOWGEN_INLINE Cursor<T> along_batch(int64_t row, int64_t k, int64_t i) const { return {p + row * batch + k * outer + i * run, batch}; }
+  PYFLOWGEN_INLINE Cursor<T> along_batch(int64_t row, int64_t k, int64_t i) const {
+    return {p + row * batch + k * outer + i * run, batch};
+  }
 };
 
 template <class T> Walk<T> walk(T* p, Strides s, const Nest& nest) {
@@ -50,13 +52,16 @@ template <class T> Walk<T> walk_part(T* p, Strides s, const Nest& nest, const Af
   return walk(p + o.start * s.channel, Strides{s.batch, s.channel * o.step, s.inner}, nest);
 }
 
-Nest choose(const AffineCouplingOptions& o, const Strides* whole, int n_whole, const Strides* parameters, int n_parameters) {
+Nest choose(const AffineCouplingOptions& o, const Strides* whole, int n_whole, const Strides* parameters,
+            int n_parameters) {
   bool merge = true;
   for (int i = 0; i < n_whole; ++i) merge &= o.count == 1 || whole[i].channel * o.step == o.inner * whole[i].inner;
-  for (int i = 0; i < n_parameters; ++i) merge &= o.count == 1 || parameters[i].channel == o.inner * parameters[i].inner;
+  for (int i = 0; i < n_parameters; ++i)
+    merge &= o.count == 1 || parameters[i].channel == o.inner * parameters[i].inner;
   if (o.inner == 1) return {o.count, 1, Nest::by_channel};
   if (merge) return {o.count * o.inner, 1, Nest::merged};
-  if (o.count > 1 && (whole[0].inner > whole[0].channel || o.inner < o.count / 4)) return {o.count, o.inner, Nest::by_channel};
+  if (o.count > 1 && (whole[0].inner > whole[0].channel || o.inner < o.count / 4))
+    return {o.count, o.inner, Nest::by_channel};
   return {o.inner, o.count, Nest::by_inner};
 }
 
@@ -82,7 +87,8 @@ template <class T> bool along_batch(const Nest& nest, const AffineCouplingOption
 // What is known of the strides. unit: all are 1. pairs: x and y have 1, shift and log_scale alternate in memory.
 enum class Mode { unit, pairs, any };
 
-template <class T> PYFLOWGEN_INLINE void copy_strided(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n) {
+template <class T>
+PYFLOWGEN_INLINE void copy_strided(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n) {
   if (from_stride == 1 && to_stride == 1) {
     __builtin_memcpy(to, from, size_t(n) * sizeof(T));
   } else {
@@ -91,15 +97,19 @@ template <class T> PYFLOWGEN_INLINE void copy_strided(const T* from, int64_t fro
 }
 
 // Copy channels [first, last) of one row.
-template <class T> void copy_channels(const T* from, Strides f, T* to, Strides t, int64_t first, int64_t last, int64_t inner) {
+template <class T>
+void copy_channels(const T* from, Strides f, T* to, Strides t, int64_t first, int64_t last, int64_t inner) {
   from += first * f.channel, to += first * t.channel;
   if (inner == 1) return copy_strided(from, f.channel, to, t.channel, last - first);
-  if (f.channel == inner * f.inner && t.channel == inner * t.inner) return copy_strided(from, f.inner, to, t.inner, (last - first) * inner);
-  for (int64_t c = first; c < last; ++c, from += f.channel, to += t.channel) copy_strided(from, f.inner, to, t.inner, inner);
+  if (f.channel == inner * f.inner && t.channel == inner * t.inner)
+    return copy_strided(from, f.inner, to, t.inner, (last - first) * inner);
+  for (int64_t c = first; c < last; ++c, from += f.channel, to += t.channel)
+    copy_strided(from, f.inner, to, t.inner, inner);
 }
 
 // Copy what is not transformed. With a step the whole span is copied first and the transformed channels overwritten.
-template <class T> void copy_rest(const AffineCouplingOptions& o, const T* from, Strides f, T* to, Strides t, int64_t row) {
+template <class T>
+void copy_rest(const AffineCouplingOptions& o, const T* from, Strides f, T* to, Strides t, int64_t row) {
   if (o.count == o.channels) return;
   from += row * f.batch, to += row * t.batch;
   const int64_t end = o.start + (o.count - 1) * o.step + 1;
@@ -109,18 +119,22 @@ template <class T> void copy_rest(const AffineCouplingOptions& o, const T* from,
 }
 
 // The same for rows [begin, end) of short events: along the batch, a copied element at a time.
-template <class T> void copy_rest_of_rows(const AffineCouplingOptions& o, const T* from, Strides f, T* to, Strides t, int64_t begin, int64_t end) {
+template <class T> void copy_rest_of_rows(const AffineCouplingOptions& o, const T* from, Strides f, T* to, Strides t,
+                                          int64_t begin, int64_t end) {
   if (o.count == o.channels) return;
   for (int64_t c = 0; c < o.channels; ++c) {
     const int64_t k = c - o.start;
     if (k >= 0 && k % o.step == 0 && k / o.step < o.count) continue;
     for (int64_t i = 0; i < o.inner; ++i)
-      copy_strided(from + begin * f.batch + c * f.channel + i * f.inner, f.batch, to + begin * t.batch + c * t.channel + i * t.inner, t.batch, end - begin);
+      copy_strided(from + begin * f.batch + c * f.channel + i * f.inner, f.batch,
+                   to + begin * t.batch + c * t.channel + i * t.inner, t.batch, end - begin);
   }
 }
 
 // i elements on from a cursor whose stride is 1 by the mode's promise.
-template <Mode mode, class T> PYFLOWGEN_INLINE Cursor<T> at(Cursor<T> c, int64_t i) { return mode == Mode::any ? c + i : Cursor<T>{c.p + i, 1}; }
+template <Mode mode, class T> PYFLOWGEN_INLINE Cursor<T> at(Cursor<T> c, int64_t i) {
+  return mode == Mode::any ? c + i : Cursor<T>{c.p + i, 1};
+}
 template <Mode mode, class T> PYFLOWGEN_INLINE Cursor<T> parameter_at(Cursor<T> c, int64_t i) {
   return mode == Mode::any ? c + i : mode == Mode::pairs ? Cursor<T>{c.p + 2 * i, 2} : Cursor<T>{c.p + i, 1};
 }
@@ -146,8 +160,9 @@ PYFLOWGEN_INLINE void get_parameters(Cursor<const T> shift, Cursor<const T> log_
 
 // One pack of n = width<T> elements, or fewer in Mode::any; returns l, zero beyond n. Only Mode::any has a mask.
 template <AffineScale S, Mode mode, class T>
-PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Cursor<const T> x, Cursor<const T> shift,
-                                               Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> y, int n) {
+PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp,
+                                               Cursor<const T> x, Cursor<const T> shift, Cursor<const T> log_scale,
+                                               Cursor<const uint8_t> mask, Cursor<T> y, int n) {
   using C = Compute<T>;
   const Pack<C> vx = get<mode>(x, n);
   Pack<C> vt, vs{};
@@ -166,14 +181,16 @@ PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const AffineCouplingOptions& o, P
 }
 
 template <AffineScale S, Mode mode, class T>
-PYFLOWGEN_INLINE void backward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Pack<Compute<T>> dlogdet, Cursor<const T> dy,
-                                    Cursor<const T> x, Cursor<const T> shift, Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> dx,
+PYFLOWGEN_INLINE void backward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Pack<Compute<T>> dlogdet,
+                                    Cursor<const T> dy, Cursor<const T> x, Cursor<const T> shift,
+                                    Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> dx,
                                     Cursor<T> dshift, Cursor<T> dlog_scale, int n) {
   using C = Compute<T>;
   const Pack<C> vdy = get<mode>(dy, n), vx = get<mode>(x, n);
   Pack<C> vt, vs{};
   get_parameters<S, mode>(shift, log_scale, vt, vs, n);
-  auto [vdx, vdt, vds] = formula::affine_coupling_backward<S>(vdy, dlogdet, vx, vt, vs, clamp, o.shift_first, o.inverse);
+  auto [vdx, vdt, vds] =
+      formula::affine_coupling_backward<S>(vdy, dlogdet, vx, vt, vs, clamp, o.shift_first, o.inverse);
   if constexpr (mode == Mode::any) {
     if (mask.p) {
       const auto selected = load_mask<C>(mask, n);
@@ -201,7 +218,8 @@ template <class Body> PYFLOWGEN_INLINE void each_run(const Nest& nest, int64_t f
 }
 
 template <class T> bool alternate(const Walk<T>& shift, const Walk<T>& log_scale) {
-  return log_scale.p == shift.p + 1 && log_scale.run == shift.run && log_scale.batch == shift.batch && log_scale.outer == shift.outer;
+  return log_scale.p == shift.p + 1 && log_scale.run == shift.run && log_scale.batch == shift.batch &&
+         log_scale.outer == shift.outer;
 }
 
 template <class T, class A> struct ForwardWalk {
@@ -228,8 +246,9 @@ template <class T, class A> struct ForwardWalk {
 };
 
 // Sum of l over elements [first, last) of a row's event.
-template <AffineScale S, Mode mode, class T, class A>
-double forward_elements(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>& w, int64_t row, int64_t first, int64_t last) {
+template <AffineScale S, Mode mode, class T, class A> double forward_elements(const AffineCouplingForward<T, A>& a,
+                                                                              const ForwardWalk<T, A>& w, int64_t row,
+                                                                              int64_t first, int64_t last) {
   using V = Pack<Compute<T>>;
   constexpr int n = width<T>;
   const V clamp = broadcast(Compute<T>(a.o.clamp));
@@ -239,8 +258,8 @@ double forward_elements(const AffineCouplingForward<T, A>& a, const ForwardWalk<
     const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
     const auto y = w.y.along_run(row, k);
     const auto pack = [&](int64_t j, int count) {
-      return forward_pack<S, mode>(a.o, clamp, at<mode>(x, j), parameter_at<mode>(shift, j), parameter_at<mode>(log_scale, j), mask + j,
-                                   at<mode>(y, j), count);
+      return forward_pack<S, mode>(a.o, clamp, at<mode>(x, j), parameter_at<mode>(shift, j),
+                                   parameter_at<mode>(log_scale, j), mask + j, at<mode>(y, j), count);
     };
     while (end - i >= n) {
       const int64_t last = (end - i) / n < long_sum ? i + (end - i) / n * n : i + long_sum * n;
@@ -271,13 +290,15 @@ void forward_rows(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>&
     V sum{};
     for (int64_t k = 0; k < w.nest.outer; ++k)
       for (int64_t i = 0; i < w.nest.run; ++i)
-        sum += forward_pack<S, Mode::any>(a.o, clamp, w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
-                                      w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0}, w.y.along_batch(row, k, i), n);
+        sum += forward_pack<S, Mode::any>(
+            a.o, clamp, w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
+            w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0}, w.y.along_batch(row, k, i), n);
     store_strided(a.logdet + row, 1, a.o.inverse ? -sum : sum, n);
   }
 }
 
-template <AffineScale S, class T, class A> void forward(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, double* partial) {
+template <AffineScale S, class T, class A>
+void forward(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, double* partial) {
   const ForwardWalk<T, A> w(a);
   const AffineCouplingOptions& o = a.o;
   const int64_t elements = o.count * o.inner, segments = affine_coupling_segments(o);
@@ -322,26 +343,31 @@ template <class T, class A> struct BackwardWalk {
     mode = Mode::any;
     if (!a.mask && dy.run == 1 && x.run == 1 && dx.run == 1) {
       if (shift.run == 1 && dshift.run == 1 && log_scale.run == 1 && dlog_scale.run == 1) mode = Mode::unit;
-      else if (std::is_same_v<T, float> && shift.run == 2 && dshift.run == 2 && alternate(shift, log_scale) && alternate(dshift, dlog_scale))
+      else if (std::is_same_v<T, float> && shift.run == 2 && dshift.run == 2 && alternate(shift, log_scale) &&
+               alternate(dshift, dlog_scale))
         mode = Mode::pairs;
     }
   }
 };
 
-template <AffineScale S, Mode mode, class T, class A>
-void backward_elements(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& w, int64_t row, int64_t first, int64_t last) {
+template <AffineScale S, Mode mode, class T, class A> void backward_elements(const AffineCouplingBackward<T, A>& a,
+                                                                             const BackwardWalk<T, A>& w, int64_t row,
+                                                                             int64_t first, int64_t last) {
   using C = Compute<T>;
   constexpr int n = width<T>;
   const Pack<C> clamp = broadcast(C(a.o.clamp)), dlogdet = broadcast(C(a.dlogdet[row * a.dlogdet_stride]));
   each_run(w.nest, first, last, [&](int64_t k, int64_t i, int64_t end) {
-    const auto dy = w.dy.along_run(row, k), x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
+    const auto dy = w.dy.along_run(row, k), x = w.x.along_run(row, k), shift = w.shift.along_run(row, k),
+               log_scale = w.log_scale.along_run(row, k);
     const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
-    const auto dx = w.dx.along_run(row, k), dshift = w.dshift.along_run(row, k), dlog_scale = w.dlog_scale.along_run(row, k);
+    const auto dx = w.dx.along_run(row, k), dshift = w.dshift.along_run(row, k),
+               dlog_scale = w.dlog_scale.along_run(row, k);
     for (; mode == Mode::any ? i < end : i + n <= end; i += n)
-      backward_pack<S, mode>(a.o, clamp, dlogdet, at<mode>(dy, i), at<mode>(x, i), parameter_at<mode>(shift, i), parameter_at<mode>(log_scale, i),
-                             mask + i, at<mode>(dx, i), parameter_at<mode>(dshift, i), parameter_at<mode>(dlog_scale, i),
-                             mode == Mode::any && end - i < n ? int(end - i) : n);
-    if (mode != Mode::any && i < end) backward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + end);
+      backward_pack<S, mode>(a.o, clamp, dlogdet, at<mode>(dy, i), at<mode>(x, i), parameter_at<mode>(shift, i),
+                             parameter_at<mode>(log_scale, i), mask + i, at<mode>(dx, i), parameter_at<mode>(dshift, i),
+                             parameter_at<mode>(dlog_scale, i), mode == Mode::any && end - i < n ? int(end - i) : n);
+    if (mode != Mode::any && i < end)
+      backward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + end);
   });
 }
 
@@ -354,13 +380,16 @@ void backward_rows(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, 
     const Pack<C> dlogdet = load_strided(a.dlogdet + row * a.dlogdet_stride, a.dlogdet_stride, n);
     for (int64_t k = 0; k < w.nest.outer; ++k)
       for (int64_t i = 0; i < w.nest.run; ++i)
-        backward_pack<S, Mode::any>(a.o, clamp, dlogdet, w.dy.along_batch(row, k, i), w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i),
-                                w.log_scale.along_batch(row, k, i), w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0},
-                                w.dx.along_batch(row, k, i), w.dshift.along_batch(row, k, i), w.dlog_scale.along_batch(row, k, i), n);
+        backward_pack<S, Mode::any>(a.o, clamp, dlogdet, w.dy.along_batch(row, k, i), w.x.along_batch(row, k, i),
+                                    w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
+                                    w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0},
+                                    w.dx.along_batch(row, k, i), w.dshift.along_batch(row, k, i),
+                                    w.dlog_scale.along_batch(row, k, i), n);
   }
 }
 
-template <AffineScale S, class T, class A> void backward(const AffineCouplingBackward<T, A>& a, int64_t begin, int64_t end, bool by_segment) {
+template <AffineScale S, class T, class A>
+void backward(const AffineCouplingBackward<T, A>& a, int64_t begin, int64_t end, bool by_segment) {
   const BackwardWalk<T, A> w(a);
   const AffineCouplingOptions& o = a.o;
   const int64_t elements = o.count * o.inner, segments = by_segment ? affine_coupling_segments(o) : 1;
@@ -396,16 +425,18 @@ template <class F> void with_scale(AffineScale scale, F f) {
     case AffineScale::softplus: return f.template operator()<AffineScale::softplus>();
   }
 }
-} // namespace
+}  // namespace
 
-template <class T, class A> void affine_coupling(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, double* partial) {
+template <class T, class A>
+void affine_coupling(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, double* partial) {
   with_scale(a.o.scale, [&]<AffineScale S>() { forward<S>(a, begin, end, partial); });
 }
-template <class T, class A> void affine_coupling_backward(const AffineCouplingBackward<T, A>& a, int64_t begin, int64_t end, bool by_segment) {
+template <class T, class A>
+void affine_coupling_backward(const AffineCouplingBackward<T, A>& a, int64_t begin, int64_t end, bool by_segment) {
   with_scale(a.o.scale, [&]<AffineScale S>() { backward<S>(a, begin, end, by_segment); });
 }
 
-#define PYFLOWGEN_INSTANTIATE(T, A)                                                                     \
+#define PYFLOWGEN_INSTANTIATE(T, A) \
   template void affine_coupling<T, A>(const AffineCouplingForward<T, A>&, int64_t, int64_t, double*); \
   template void affine_coupling_backward<T, A>(const AffineCouplingBackward<T, A>&, int64_t, int64_t, bool);
 PYFLOWGEN_INSTANTIATE(double, double)
@@ -413,4 +444,4 @@ PYFLOWGEN_INSTANTIATE(float, float)
 PYFLOWGEN_INSTANTIATE(bf16, float)
 PYFLOWGEN_INSTANTIATE(f16, float)
 
-} // namespace pyflowgen::PYFLOWGEN_ISA
+}  // namespace pyflowgen::PYFLOWGEN_ISA

@@ -12,8 +12,9 @@ enum class Isa { baseline, avx2, avx512 };
 Isa isa();                  // the copy in use; decided once
 const char* isa_name(Isa);  // "baseline", "avx2", "avx512"
 
-} // namespace pyflowgen
+}  // namespace pyflowgen
 
+// clang-format off
 #if defined(__x86_64__)
 #define PYFLOWGEN_PER_ISA(...) \
   namespace baseline { __VA_ARGS__ } \
@@ -27,3 +28,4 @@ const char* isa_name(Isa);  // "baseline", "avx2", "avx512"
 #define PYFLOWGEN_PER_ISA(...) namespace baseline { __VA_ARGS__ }
 #define PYFLOWGEN_CALL(kernel, ...) ::pyflowgen::baseline::kernel(__VA_ARGS__)
 #endif
+// clang-format on

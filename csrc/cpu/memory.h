@@ -25,7 +25,8 @@ PYFLOWGEN_INLINE float f16_to_float(uint16_t h) {
   const uint32_t sign = uint32_t(h & 0x8000) << 16, magnitude = h & 0x7fff;
   // Exponent and mantissa shifted into place, then scaled by 2^112: denormals come out right as well.
   const float value = __builtin_bit_cast(float, magnitude << 13) * 0x1p112f;
-  const uint32_t bits = magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13 : __builtin_bit_cast(uint32_t, value);
+  const uint32_t bits =
+      magnitude >= 0x7c00 ? 0x7f800000u | (magnitude & 0x3ff) << 13 : __builtin_bit_cast(uint32_t, value);
   return __builtin_bit_cast(float, bits | sign);
 }
 PYFLOWGEN_INLINE uint16_t float_to_f16(float f) {
@@ -69,9 +70,11 @@ PYFLOWGEN_INLINE void store_as(bf16* p, f32v v) {
 }
 PYFLOWGEN_INLINE void store_as(f16* p, f32v v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   for (int i = 0; i < lanes<float>; ++i) p[i].bits = float_to_f16(v[i]);
 #endif
@@ -154,4 +157,4 @@ template <class C> PYFLOWGEN_INLINE auto first_lanes(int n) {
   return index < Int{} + n;
 }
 
-} // namespace pyflowgen::PYFLOWGEN_ISA
+}  // namespace pyflowgen::PYFLOWGEN_ISA

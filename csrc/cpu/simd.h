@@ -92,4 +92,4 @@ PYFLOWGEN_INLINE double reduce_add(f64v v) {
   return v[0];
 }
 
-} // namespace pyflowgen::PYFLOWGEN_ISA
+}  // namespace pyflowgen::PYFLOWGEN_ISA

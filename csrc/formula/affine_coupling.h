@@ -20,7 +20,8 @@ template <AffineScale S, class V> PYFLOWGEN_FORMULA ScaleValue<V> scale_value(V 
     const V e = exp(-abs(u)), sum = one + e;  // e in (0, 1]: nothing overflows for any u
     const V numerator = u < zero ? e : one;   // sigmoid(u) = numerator / sum, sigmoid(-u) = e / (numerator sum)
     if constexpr (S == AffineScale::sigmoid) {
-      return {(inverse ? sum : numerator) / (inverse ? numerator : sum), (u < zero ? u : zero) - log1p_unit(e), (u < zero ? one : e) / sum};
+      return {(inverse ? sum : numerator) / (inverse ? numerator : sum), (u < zero ? u : zero) - log1p_unit(e),
+              (u < zero ? one : e) / sum};
     } else if constexpr (S == AffineScale::sigmoid_eps) {
       const V shifted = fma(splat<V>(1e-3), sum, numerator);  // a = shifted / sum
       const V factor = (inverse ? sum : shifted) / (inverse ? shifted : sum), l = log(factor);
@@ -51,7 +52,8 @@ template <AffineScale S, class V> PYFLOWGEN_FORMULA ScaleValue<V> scale_value(V 
 template <class V> struct Coupled { V y, l; };
 
 // y (or x, for the inverse) and l; the log-determinant of the inverse is -l, left to the caller.
-template <AffineScale S, class V> PYFLOWGEN_FORMULA Coupled<V> affine_coupling(V x, V t, V s, V clamp, bool shift_first, bool inverse) {
+template <AffineScale S, class V>
+PYFLOWGEN_FORMULA Coupled<V> affine_coupling(V x, V t, V s, V clamp, bool shift_first, bool inverse) {
   if constexpr (S == AffineScale::additive) {
     return {inverse ? x - t : x + t, splat<V>(0)};
   } else {
@@ -65,7 +67,8 @@ template <class V> struct CoupledGradient { V dx, dt, ds; };
 
 // Gradients from dy and the gradient of this row's log-determinant.
 template <AffineScale S, class V>
-PYFLOWGEN_FORMULA CoupledGradient<V> affine_coupling_backward(V dy, V dlogdet, V x, V t, V s, V clamp, bool shift_first, bool inverse) {
+PYFLOWGEN_FORMULA CoupledGradient<V> affine_coupling_backward(V dy, V dlogdet, V x, V t, V s, V clamp, bool shift_first,
+                                                              bool inverse) {
   if constexpr (S == AffineScale::additive) {
     return {dy, inverse ? -dy : dy, splat<V>(0)};
   } else {
@@ -80,4 +83,4 @@ PYFLOWGEN_FORMULA CoupledGradient<V> affine_coupling_backward(V dy, V dlogdet, V
   }
 }
 
-} // namespace pyflowgen::PYFLOWGEN_ISA::formula
+}  // namespace pyflowgen::PYFLOWGEN_ISA::formula

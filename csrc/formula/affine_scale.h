@@ -3,4 +3,4 @@
 
 namespace pyflowgen {
 enum class AffineScale : int { additive, exp, tanh, sigmoid, sigmoid_eps, softclip, atan, softplus };
-} // namespace pyflowgen
+}  // namespace pyflowgen

@@ -30,43 +30,33 @@ namespace pyflowgen::PYFLOWGEN_ISA::formula {
 // ---- what the operators lack -------------------------------------------------------------------------------------
 
 // Element<V>: float or double. Bits<V>: V's bits as unsigned integers, Lane<V>: one of them.
-template <class V>
-struct Kind;
-template <>
-struct Kind<float> {
+template <class V> struct Kind;
+template <> struct Kind<float> {
   using Element = float;
   using Bits = uint32_t;
 };
-template <>
-struct Kind<double> {
+template <> struct Kind<double> {
   using Element = double;
   using Bits = uint64_t;
 };
 #if !defined(__CUDACC__)
 typedef uint32_t u32v __attribute__((vector_size(vector_bytes)));
 typedef uint64_t u64v __attribute__((vector_size(vector_bytes)));
-template <>
-struct Kind<f32v> {
+template <> struct Kind<f32v> {
   using Element = float;
   using Bits = u32v;
 };
-template <>
-struct Kind<f64v> {
+template <> struct Kind<f64v> {
   using Element = double;
   using Bits = u64v;
 };
 #endif
-template <class V>
-using Element = typename Kind<V>::Element;
-template <class V>
-using Bits = typename Kind<V>::Bits;
-template <class V>
-using Lane = Bits<Element<V>>;
-template <class V>
-inline constexpr bool single = sizeof(Element<V>) == 4;
+template <class V> using Element = typename Kind<V>::Element;
+template <class V> using Bits = typename Kind<V>::Bits;
+template <class V> using Lane = Bits<Element<V>>;
+template <class V> inline constexpr bool single = sizeof(Element<V>) == 4;
 
-template <class To, class From>
-PYFLOWGEN_FORMULA To bit_cast(From x) {
+template <class To, class From> PYFLOWGEN_FORMULA To bit_cast(From x) {
   static_assert(sizeof(To) == sizeof(From));
   To y;
   memcpy(&y, &x, sizeof y);
@@ -98,23 +88,14 @@ PYFLOWGEN_FORMULA f64v fma(f64v a, f64v b, f64v c) { return PYFLOWGEN_ISA::fma(a
 #endif
 
 // The constant c in every lane.
-template <class V>
-PYFLOWGEN_FORMULA V splat(Element<V> c) {
-  if constexpr (sizeof(V) == sizeof(c))
-    return c;
-  else
-    return c - V{};
+template <class V> PYFLOWGEN_FORMULA V splat(Element<V> c) {
+  if constexpr (sizeof(V) == sizeof(c)) return c;
+  else return c - V{};
 }
 
 // a < b ? a : b and a > b ? a : b, so b where one is NaN: one instruction on x86, which GCC finds for scalars alone.
-template <class V>
-PYFLOWGEN_FORMULA V lesser(V a, V b) {
-  return a < b ? a : b;
-}
-template <class V>
-PYFLOWGEN_FORMULA V greater(V a, V b) {
-  return a > b ? a : b;
-}
+template <class V> PYFLOWGEN_FORMULA V lesser(V a, V b) { return a < b ? a : b; }
+template <class V> PYFLOWGEN_FORMULA V greater(V a, V b) { return a > b ? a : b; }
 #if defined(__CUDACC__)
 #elif defined(__AVX512F__)  // maskz: GCC 12 warns of its own header's undefined value in the plain forms
 PYFLOWGEN_FORMULA f32v lesser(f32v a, f32v b) { return (f32v)_mm512_maskz_min_ps(__mmask16(-1), (__m512)a, (__m512)b); }
@@ -139,66 +120,43 @@ PYFLOWGEN_FORMULA f32v greater(f32v a, f32v b) { return (f32v)_mm_max_ps((__m128
 PYFLOWGEN_FORMULA f64v greater(f64v a, f64v b) { return (f64v)_mm_max_pd((__m128d)a, (__m128d)b); }
 #endif
 // x limited to a bound; NaN stays.
-template <class V>
-PYFLOWGEN_FORMULA V at_most(V x, Element<V> bound) {
-  return lesser(splat<V>(bound), x);
-}
-template <class V>
-PYFLOWGEN_FORMULA V at_least(V x, Element<V> bound) {
-  return greater(splat<V>(bound), x);
-}
+template <class V> PYFLOWGEN_FORMULA V at_most(V x, Element<V> bound) { return lesser(splat<V>(bound), x); }
+template <class V> PYFLOWGEN_FORMULA V at_least(V x, Element<V> bound) { return greater(splat<V>(bound), x); }
 
-template <class V>
-inline constexpr int mantissa_bits = single<V> ? 23 : 52;
-template <class V>
-inline constexpr int exponent_bias = single<V> ? 127 : 1023;
-template <class V>
-inline constexpr Element<V> infinity = Element<V>(__builtin_huge_val());
-template <class V>
-inline constexpr Element<V> not_a_number = -Element<V>(__builtin_nan(""));
-template <class V>
-inline constexpr Element<V> ln2 = Element<V>(0.693147180559945309417);
+template <class V> inline constexpr int mantissa_bits = single<V> ? 23 : 52;
+template <class V> inline constexpr int exponent_bias = single<V> ? 127 : 1023;
+template <class V> inline constexpr Element<V> infinity = Element<V>(__builtin_huge_val());
+template <class V> inline constexpr Element<V> not_a_number = -Element<V>(__builtin_nan(""));
+template <class V> inline constexpr Element<V> ln2 = Element<V>(0.693147180559945309417);
 // ln2 = ln2_high + ln2_low, ln2_high with so many trailing zeros that its product with any exponent is exact.
-template <class V>
-inline constexpr Element<V> ln2_high = single<V> ? Element<V>(0.693359375) : Element<V>(6.93147180369123816490e-01);
-template <class V>
-inline constexpr Element<V> ln2_low =
+template <class V> inline constexpr Element<V> ln2_high =
+    single<V> ? Element<V>(0.693359375) : Element<V>(6.93147180369123816490e-01);
+template <class V> inline constexpr Element<V> ln2_low =
     single<V> ? Element<V>(-2.12194440054690583e-4) : Element<V>(1.90821492927058770002e-10);
 
-template <class V>
-PYFLOWGEN_FORMULA Bits<V> sign_bit() {
+template <class V> PYFLOWGEN_FORMULA Bits<V> sign_bit() {
   return Bits<V>{} + (Lane<V>(1) << (8 * sizeof(Lane<V>) - 1));
 }
-template <class V>
-PYFLOWGEN_FORMULA V abs(V x) {
-  return bit_cast<V>(bit_cast<Bits<V>>(x) & ~sign_bit<V>());
-}
+template <class V> PYFLOWGEN_FORMULA V abs(V x) { return bit_cast<V>(bit_cast<Bits<V>>(x) & ~sign_bit<V>()); }
 // magnitude (whose sign bit is clear) with x's sign.
-template <class V>
-PYFLOWGEN_FORMULA V with_sign_of(V x, V magnitude) {
+template <class V> PYFLOWGEN_FORMULA V with_sign_of(V x, V magnitude) {
   return bit_cast<V>(bit_cast<Bits<V>>(magnitude) | (bit_cast<Bits<V>>(x) & sign_bit<V>()));
 }
 
 // c0 + c1 x + c2 x^2 + ...
-template <class V>
-PYFLOWGEN_FORMULA V horner(V, Element<V> c) {
-  return splat<V>(c);
-}
-template <class V, class... C>
-PYFLOWGEN_FORMULA V horner(V x, Element<V> c, C... rest) {
+template <class V> PYFLOWGEN_FORMULA V horner(V, Element<V> c) { return splat<V>(c); }
+template <class V, class... C> PYFLOWGEN_FORMULA V horner(V x, Element<V> c, C... rest) {
   return fma(x, horner(x, Element<V>(rest)...), splat<V>(c));
 }
 
 // ---- shared kernels ----------------------------------------------------------------------------------------------
 
 // x = n ln2 + r with |r| <= ln2/2; `biased` holds n + bias in its low bits (more than an exponent field's worth).
-template <class V>
-struct Reduced {
+template <class V> struct Reduced {
   V r, n;
   Bits<V> biased;
 };
-template <int bias, class V>
-PYFLOWGEN_FORMULA Reduced<V> reduce_exp(V x) {
+template <int bias, class V> PYFLOWGEN_FORMULA Reduced<V> reduce_exp(V x) {
   // Adding 1.5 * 2^mantissa_bits rounds to an integer, which then is the low bits of the sum.
   constexpr Element<V> magic = (single<V> ? Element<V>(12582912) : Element<V>(6755399441055744)) + bias;
   V t = fma(x, splat<V>(Element<V>(1.44269504088896340736)), splat<V>(magic));
@@ -208,8 +166,7 @@ PYFLOWGEN_FORMULA Reduced<V> reduce_exp(V x) {
 }
 
 // (e^r - 1 - r) / r^2 for |r| <= ln2/2; error 2^-26.1 (float), 2^-59.8 (double) of e^r - 1.
-template <class V>
-PYFLOWGEN_FORMULA V exp_tail(V r) {
+template <class V> PYFLOWGEN_FORMULA V exp_tail(V r) {
   if constexpr (single<V>)
     return horner(r, 0.4999999701976776f, 0.16666539013385773f, 0.041667744517326355f, 0.008367069996893406f,
                   0.0013839034363427634f);
@@ -220,8 +177,7 @@ PYFLOWGEN_FORMULA V exp_tail(V r) {
 }
 
 // e^x for x in [lowest, highest], the range in which e^x is neither certain to be 0 nor to overflow, or NaN.
-template <class V>
-PYFLOWGEN_FORMULA V exp_in_range(V x) {
+template <class V> PYFLOWGEN_FORMULA V exp_in_range(V x) {
   auto [r, n, biased] = reduce_exp<2 * exponent_bias<V>>(x);
   V y = fma(r, fma(r, exp_tail(r), splat<V>(1)), splat<V>(1));
 #if defined(__AVX512F__) && !defined(__CUDACC__)
@@ -232,19 +188,15 @@ PYFLOWGEN_FORMULA V exp_in_range(V x) {
   Bits<V> half = biased >> 1;
   return y * bit_cast<V>(half << mantissa_bits<V>) * bit_cast<V>((biased - half) << mantissa_bits<V>);
 }
-template <class V>
-inline constexpr Element<V> exp_lowest = single<V> ? -104 : -746;
-template <class V>
-inline constexpr Element<V> exp_highest = single<V> ? 89 : 710;
+template <class V> inline constexpr Element<V> exp_lowest = single<V> ? -104 : -746;
+template <class V> inline constexpr Element<V> exp_highest = single<V> ? 89 : 710;
 
 // x = 2^n (1 + f), 1 + f in [3/4, 3/2); n + bias in `field`. x normal and positive, else finite rubbish.
-template <class V>
-struct Split {
+template <class V> struct Split {
   V f;
   Bits<V> field;
 };
-template <class V>
-PYFLOWGEN_FORMULA Split<V> split(V x) {
+template <class V> PYFLOWGEN_FORMULA Split<V> split(V x) {
   constexpr Lane<V> unit = Lane<V>(1) << mantissa_bits<V>, one = exponent_bias<V> * unit, mantissa = unit - 1;
   constexpr Lane<V> three_quarters = one - unit / 2;
   // The exponent field of x / (3/4) in fixed point: subtracting borrows across the mantissa.
@@ -252,18 +204,13 @@ PYFLOWGEN_FORMULA Split<V> split(V x) {
   return {bit_cast<V>((ratio & mantissa) + three_quarters) - 1, ratio >> mantissa_bits<V>};
 }
 // n of Split as a number.
-template <class V>
-PYFLOWGEN_FORMULA V exponent(Bits<V> field) {
+template <class V> PYFLOWGEN_FORMULA V exponent(Bits<V> field) {
   constexpr Element<V> magic = single<V> ? 0x1p23 : 0x1p52;
   return bit_cast<V>(field + bit_cast<Lane<V>>(magic)) - (magic + exponent_bias<V>);
 }
 // x = 2^n (1 + f) likewise, for denormal x too.
-template <class V>
-struct SplitAny {
-  V f, n;
-};
-template <class V>
-PYFLOWGEN_FORMULA SplitAny<V> split_any(V x) {
+template <class V> struct SplitAny { V f, n; };
+template <class V> PYFLOWGEN_FORMULA SplitAny<V> split_any(V x) {
 #if defined(__AVX512F__) && !defined(__CUDACC__)
   if constexpr (sizeof(V) == 64 && single<V>) {
     V m = (V)_mm512_maskz_getmant_ps(__mmask16(-1), (__m512)x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
@@ -284,13 +231,11 @@ PYFLOWGEN_FORMULA SplitAny<V> split_any(V x) {
   return {f, denormal ? n - shift : n};
 }
 // n ln2 + f + tail, smallest first.
-template <class V>
-PYFLOWGEN_FORMULA V add_ln2(V n, V f, V tail) {
+template <class V> PYFLOWGEN_FORMULA V add_ln2(V n, V f, V tail) {
   return fma(n, splat<V>(ln2_high<V>), f + fma(n, splat<V>(ln2_low<V>), tail));
 }
 // y = log x, put right where x is 0, negative, inf or NaN.
-template <class V>
-PYFLOWGEN_FORMULA V log_edges(V x, V y) {
+template <class V> PYFLOWGEN_FORMULA V log_edges(V x, V y) {
 #if defined(__AVX512F__) && !defined(__CUDACC__)
   // From the lowest digit, what becomes of y where x is: a NaN, a signalling NaN (itself, quiet), 0 (-inf), 1 (y),
   // -inf (NaN), inf (inf), negative (NaN), positive (y).
@@ -305,8 +250,7 @@ PYFLOWGEN_FORMULA V log_edges(V x, V y) {
 }
 
 // log(1 + f) - f for 1 + f in [3/4, 3/2]; error 2^-27.6 (float), 2^-55.9 (double) of log(1 + f).
-template <class V>
-PYFLOWGEN_FORMULA V log_tail(V f) {
+template <class V> PYFLOWGEN_FORMULA V log_tail(V f) {
   if constexpr (single<V>) {
     return f * f *
            horner(f, -0.5f, 0.33333447575569153f, -0.2500009536743164f, 0.19990922510623932f, -0.16647391021251678f,
@@ -321,8 +265,7 @@ PYFLOWGEN_FORMULA V log_tail(V f) {
 }
 
 // log(1 + e) for e in [0, 1] or NaN.
-template <class V>
-PYFLOWGEN_FORMULA V log1p_unit(V e) {
+template <class V> PYFLOWGEN_FORMULA V log1p_unit(V e) {
   if constexpr (single<V>) {  // one polynomial serves the whole interval; error 2^-26.7
     return fma(e * e,
                horner(e, -0.4999993145465851f, 0.33330464363098145f, -0.24958018958568573f, 0.19692102074623108f,
@@ -342,14 +285,12 @@ PYFLOWGEN_FORMULA V log1p_unit(V e) {
 // some 4e4 points. An ulp is the spacing of the numbers at the exact result, denormals included.
 
 // e^x = 2^n e^r. Error: 1.2 / 1.1 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V exp(V x) {
+template <class V> PYFLOWGEN_FORMULA V exp(V x) {
   return exp_in_range(at_most(at_least(x, exp_lowest<V>), exp_highest<V>));
 }
 
 // e^x - 1 = 2^n (e^r - 1) + (2^n - 1), halved so that 2^n stays finite. expm1(-0) = -0. Error: 1.7 / 1.7 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V expm1(V x) {
+template <class V> PYFLOWGEN_FORMULA V expm1(V x) {
   constexpr Element<V> half = 0.5;
   V c = at_most(at_least(x, single<V> ? -20 : -40), exp_highest<V>);
   auto [r, n, biased] = reduce_exp<exponent_bias<V> - 1>(c);
@@ -360,15 +301,13 @@ PYFLOWGEN_FORMULA V expm1(V x) {
 }
 
 // log x = n ln2 + log(1 + f). log(+-0) = -inf, log of a negative number is NaN. Error: 1.0 / 0.9 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V log(V x) {
+template <class V> PYFLOWGEN_FORMULA V log(V x) {
   auto [f, n] = split_any(x);
   return log_edges(x, add_ln2(n, f, log_tail(f)));
 }
 
 // log(1 + x). log1p(-0) = -0, log1p(-1) = -inf, NaN below -1. Error: 1.0 / 0.8 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V log1p(V x) {
+template <class V> PYFLOWGEN_FORMULA V log1p(V x) {
   constexpr Element<V> quarter = 0.25;
   V u = x + 1;
   auto [unused, field] = split(u);
@@ -381,8 +320,7 @@ PYFLOWGEN_FORMULA V log1p(V x) {
 }
 
 // tanh x = (e^2|x| - 1) / (e^2|x| + 1) with x's sign; the numerator as in expm1. tanh(-0) = -0. Error: 2.6 / 2.4 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V tanh(V x) {
+template <class V> PYFLOWGEN_FORMULA V tanh(V x) {
   auto [r, n, biased] = reduce_exp<exponent_bias<V>>(2 * at_most(abs(x), single<V> ? 10 : 20));
   V q = fma(r * r, exp_tail(r), r), scale = bit_cast<V>(biased << mantissa_bits<V>);
   V e = fma(q, scale, scale - 1);
@@ -390,29 +328,23 @@ PYFLOWGEN_FORMULA V tanh(V x) {
 }
 
 // sigmoid x = 1 / (1 + e^-x), as e^x / (1 + e^x) for x < 0. Error: 2.4 / 2.1 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V sigmoid(V x) {
+template <class V> PYFLOWGEN_FORMULA V sigmoid(V x) {
   V e = exp_in_range(at_least(-abs(x), exp_lowest<V>));
   return (x < 0 ? e : splat<V>(1)) / (e + 1);
 }
 
 // softplus x = log(1 + e^x) = max(x, 0) + log(1 + e^-|x|). Error: 2.3 / 1.9 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V softplus(V x) {
+template <class V> PYFLOWGEN_FORMULA V softplus(V x) {
   V tail = log1p_unit(exp_in_range(at_least(-abs(x), exp_lowest<V>)));
   return at_least(x, 0) + tail;
 }
 
 // log(sigmoid(x)) = -softplus(-x); log_sigmoid(inf) = -0. Error: 2.2 / 1.9 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V log_sigmoid(V x) {
-  return -softplus(-x);
-}
+template <class V> PYFLOWGEN_FORMULA V log_sigmoid(V x) { return -softplus(-x); }
 
 // atan x, beyond 1 as pi/2 - atan(1/|x|) with x's sign; one odd polynomial for [0, 1], error 2^-28.5 (float), 2^-59.5
 // (double). atan(-0) = -0. Error: 2.0 / 1.7 ulp.
-template <class V>
-PYFLOWGEN_FORMULA V atan(V x) {
+template <class V> PYFLOWGEN_FORMULA V atan(V x) {
   V a = abs(x);
   V t = at_most(a, 1) / at_least(a, 1), z = t * t, tail;
   if constexpr (single<V>)
