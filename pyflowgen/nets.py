@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from pyflowgen.ops.linear import Linear
+from pyflowgen.ops.linear import Activation, Linear
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -77,8 +78,9 @@ class MLP(nn.Module):
         if min(sizes) < 1:
             raise ValueError(f"MLP: layer sizes are {sizes}, expected positive numbers")
         last = len(sizes) - 2
+        kind = cast(Activation, activation)  # Linear names the known ones
         self.layers = nn.Sequential(
-            *(Linear(sizes[i], sizes[i + 1], activation="none" if i == last else activation) for i in range(last + 1))
+            *(Linear(sizes[i], sizes[i + 1], activation="none" if i == last else kind) for i in range(last + 1))
         )
         if zero_init_last:
             _zero(self.layers[-1])
