@@ -18,8 +18,7 @@ inline constexpr int64_t activations = 6;
 // The slope torch.nn.functional.leaky_relu has by default.
 inline constexpr double leaky_slope = 0.01;
 
-template <class T>
-struct LinearForward {
+template <class T> struct LinearForward {
   int64_t batch, in, out, threads;
   const T* x;
   int64_t x_stride;  // [batch][in], rows x_stride apart
@@ -31,8 +30,7 @@ struct LinearForward {
   T* before;  // [batch][out], the argument of the activation; null: not wanted
 };
 
-template <class T>
-struct LinearBackward {
+template <class T> struct LinearBackward {
   int64_t batch, in, out, threads;
   const T* dy;  // [batch][out], after linear_activation_backward
   const T* x;

@@ -83,7 +83,7 @@ PLANTED = {
         "address", "global-buffer-overflow|out of bounds",
     ),
     "unaligned 128-bit access": (
-        "affine_coupling.cu", " && uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0", "",
+        "affine_coupling.cu", "uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0", "true",
         "address", "misaligned address",
     ),
     "race between blocks": (

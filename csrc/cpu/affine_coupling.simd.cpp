@@ -210,10 +210,12 @@ PYFLOWGEN_INLINE void backward_pack(const AffineCouplingOptions& o, Pack<Compute
 
 // Call body(outer, begin, end) for each stretch of one run within elements [first, last) of a row's event.
 template <class Body> PYFLOWGEN_INLINE void each_run(const Nest& nest, int64_t first, int64_t last, Body body) {
-  while (first < last) {
-    const int64_t begin = first % nest.run, end = last - first < nest.run - begin ? begin + last - first : nest.run;
-    body(first / nest.run, begin, end);
-    first += end - begin;
+  // No division for whole rows: it would cost as much as a pack.
+  int64_t k = first ? first / nest.run : 0, begin = first ? first % nest.run : 0;
+  for (int64_t left = last - first; left > 0; ++k, begin = 0) {
+    const int64_t end = left < nest.run - begin ? begin + left : nest.run;
+    body(k, begin, end);
+    left -= end - begin;
   }
 }
 
@@ -297,28 +299,41 @@ void forward_rows(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>&
   }
 }
 
+// Elements of a row's event that make up one of its segments.
+struct Piece { int64_t first, last; };
+PYFLOWGEN_INLINE Piece piece(int64_t elements, int64_t segment, int64_t segments) {
+  if (segments == 1) return {0, elements};
+  return {elements * segment / segments, elements * (segment + 1) / segments};
+}
+
+// Rows [begin, end), or rows × segments when the sums go to `partial`. One function with the loop over rows inside: the
+// constants of the formula stay in registers from row to row.
+template <AffineScale S, Mode mode, class T, class A> void forward_pieces(const AffineCouplingForward<T, A>& a,
+                                                                          const ForwardWalk<T, A>& w, int64_t begin,
+                                                                          int64_t end, double* partial) {
+  const AffineCouplingOptions& o = a.o;
+  const int64_t elements = o.count * o.inner, segments = partial ? affine_coupling_segments(o) : 1;
+  for (int64_t i = begin; i < end; ++i) {
+    if (!partial) copy_rest(o, a.x, a.x_strides, a.y, a.y_strides, i);
+    const auto [first, last] = piece(elements, partial ? i % segments : 0, segments);
+    const double sum = forward_elements<S, mode>(a, w, partial ? i / segments : i, first, last);
+    if (partial) partial[i] = sum;
+    else a.logdet[i] = A(o.inverse ? -sum : sum);
+  }
+}
+
 template <AffineScale S, class T, class A>
 void forward(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, double* partial) {
   const ForwardWalk<T, A> w(a);
-  const AffineCouplingOptions& o = a.o;
-  const int64_t elements = o.count * o.inner, segments = affine_coupling_segments(o);
-  const auto sum = [&](int64_t row, int64_t segment) {
-    if (!partial) copy_rest(o, a.x, a.x_strides, a.y, a.y_strides, row);
-    const int64_t first = elements * segment / segments, last = elements * (segment + 1) / segments;
-    if constexpr (std::is_same_v<T, float> && S != AffineScale::additive) {
-      if (w.mode == Mode::pairs) return forward_elements<S, Mode::pairs>(a, w, row, first, last);
-    }
-    if (w.mode == Mode::unit) return forward_elements<S, Mode::unit>(a, w, row, first, last);
-    return forward_elements<S, Mode::any>(a, w, row, first, last);
-  };
-  if (partial) {
-    for (int64_t i = begin; i < end; ++i) partial[i] = sum(i / segments, i % segments);
-  } else if (along_batch<T>(w.nest, o)) {
-    copy_rest_of_rows(o, a.x, a.x_strides, a.y, a.y_strides, begin, end);
-    forward_rows<S>(a, w, begin, end);
-  } else {
-    for (int64_t row = begin; row < end; ++row) a.logdet[row] = A(o.inverse ? -sum(row, 0) : sum(row, 0));
+  if (!partial && along_batch<T>(w.nest, a.o)) {
+    copy_rest_of_rows(a.o, a.x, a.x_strides, a.y, a.y_strides, begin, end);
+    return forward_rows<S>(a, w, begin, end);
   }
+  if constexpr (std::is_same_v<T, float> && S != AffineScale::additive) {
+    if (w.mode == Mode::pairs) return forward_pieces<S, Mode::pairs>(a, w, begin, end, partial);
+  }
+  if (w.mode == Mode::unit) return forward_pieces<S, Mode::unit>(a, w, begin, end, partial);
+  forward_pieces<S, Mode::any>(a, w, begin, end, partial);
 }
 
 template <class T, class A> struct BackwardWalk {
@@ -388,28 +403,30 @@ void backward_rows(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, 
   }
 }
 
+template <AffineScale S, Mode mode, class T, class A> void backward_pieces(const AffineCouplingBackward<T, A>& a,
+                                                                           const BackwardWalk<T, A>& w, int64_t begin,
+                                                                           int64_t end, bool by_segment) {
+  const AffineCouplingOptions& o = a.o;
+  const int64_t elements = o.count * o.inner, segments = by_segment ? affine_coupling_segments(o) : 1;
+  for (int64_t i = begin; i < end; ++i) {
+    if (!by_segment) copy_rest(o, a.dy, a.dy_strides, a.dx, a.dx_strides, i);
+    const auto [first, last] = piece(elements, by_segment ? i % segments : 0, segments);
+    backward_elements<S, mode>(a, w, by_segment ? i / segments : i, first, last);
+  }
+}
+
 template <AffineScale S, class T, class A>
 void backward(const AffineCouplingBackward<T, A>& a, int64_t begin, int64_t end, bool by_segment) {
   const BackwardWalk<T, A> w(a);
-  const AffineCouplingOptions& o = a.o;
-  const int64_t elements = o.count * o.inner, segments = by_segment ? affine_coupling_segments(o) : 1;
-  if (!by_segment && along_batch<T>(w.nest, o)) {
-    copy_rest_of_rows(o, a.dy, a.dy_strides, a.dx, a.dx_strides, begin, end);
+  if (!by_segment && along_batch<T>(w.nest, a.o)) {
+    copy_rest_of_rows(a.o, a.dy, a.dy_strides, a.dx, a.dx_strides, begin, end);
     return backward_rows<S>(a, w, begin, end);
   }
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t row = i / segments, segment = i % segments;
-    if (!by_segment) copy_rest(o, a.dy, a.dy_strides, a.dx, a.dx_strides, row);
-    const int64_t first = elements * segment / segments, last = elements * (segment + 1) / segments;
-    if constexpr (std::is_same_v<T, float> && S != AffineScale::additive) {
-      if (w.mode == Mode::pairs) {
-        backward_elements<S, Mode::pairs>(a, w, row, first, last);
-        continue;
-      }
-    }
-    if (w.mode == Mode::unit) backward_elements<S, Mode::unit>(a, w, row, first, last);
-    else backward_elements<S, Mode::any>(a, w, row, first, last);
+  if constexpr (std::is_same_v<T, float> && S != AffineScale::additive) {
+    if (w.mode == Mode::pairs) return backward_pieces<S, Mode::pairs>(a, w, begin, end, by_segment);
   }
+  if (w.mode == Mode::unit) return backward_pieces<S, Mode::unit>(a, w, begin, end, by_segment);
+  backward_pieces<S, Mode::any>(a, w, begin, end, by_segment);
 }
 
 // Call f<S>() for the scale chosen at run time.

@@ -19,40 +19,31 @@
 namespace pyflowgen::PYFLOWGEN_ISA {
 
 // The first count elements at p, zeros after them; and the way back. Nothing past them is touched.
-template <class T>
-PYFLOWGEN_INLINE Pack<T> load_first(const T* p, int count) {
+template <class T> PYFLOWGEN_INLINE Pack<T> load_first(const T* p, int count) {
   if (count == lanes<T>) return load<T>(p);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    return (Pack<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
-  else
-    return (Pack<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
+  if constexpr (sizeof(T) == 4) return (Pack<T>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  else return (Pack<T>)_mm512_maskz_loadu_pd(__mmask8((1u << count) - 1), p);
 #else
   T v[lanes<T>] = {};
   for (int i = 0; i < count; ++i) v[i] = p[i];
   return load<T>(v);
 #endif
 }
-template <class T>
-PYFLOWGEN_INLINE void store_first(T* p, Pack<T> v, int count) {
+template <class T> PYFLOWGEN_INLINE void store_first(T* p, Pack<T> v, int count) {
   if (count == lanes<T>) return store<T>(p, v);
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4)
-    _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
-  else
-    _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  else _mm512_mask_storeu_pd(p, __mmask8((1u << count) - 1), (__m512d)v);
 #else
   for (int i = 0; i < count; ++i) p[i] = v[i];
 #endif
 }
 
 // Accumulators: 14 x 2 of 32 registers, or 6 x 2 of 16; the rest holds one row of B and one element of A.
-template <class T>
-inline constexpr int tile_rows = vector_bytes == 64 ? 14 : 6;
-template <class T>
-inline constexpr int tile_columns = 2 * lanes<T>;
-template <class T>
-inline constexpr int chunk_rows = 8 * tile_rows<T>;
+template <class T> inline constexpr int tile_rows = vector_bytes == 64 ? 14 : 6;
+template <class T> inline constexpr int tile_columns = 2 * lanes<T>;
+template <class T> inline constexpr int chunk_rows = 8 * tile_rows<T>;
 inline constexpr int depth_block = 256;
 inline constexpr int group_panels = 4;
 
@@ -60,19 +51,16 @@ inline constexpr int group_panels = 4;
 // tile_rows.
 //   A(m,k) = a[m * a_row + k * a_depth], where one of the strides is 1; b contiguous.
 //   columns: how many of the tile are asked for; whole vectors of them are written. addend_row 0: one row for all.
-template <class T>
-void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
-               const T* addend, int64_t addend_row, T* out, int64_t out_row);
+template <class T> void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                                  const T* b, const T* addend, int64_t addend_row, T* out, int64_t out_row);
 
 // The same for at most narrow_columns columns and row-major A: vectors run along k, not along the nearly empty panel.
 // gemm_narrow_columns takes the columns out of a block of B, zeros after them.
 inline constexpr int narrow_columns = 4;
-template <class T>
-void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, const T (*b)[depth_block],
-                      bool accumulate, T* tile);
-template <class T>
-PYFLOWGEN_INLINE void gemm_narrow_columns(int columns, int64_t depth, const T* from, int64_t b_depth, int64_t b_column,
-                                          T (*b)[depth_block]) {
+template <class T> void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row,
+                                         const T (*b)[depth_block], bool accumulate, T* tile);
+template <class T> PYFLOWGEN_INLINE void gemm_narrow_columns(int columns, int64_t depth, const T* from, int64_t b_depth,
+                                                             int64_t b_column, T (*b)[depth_block]) {
   const int64_t padded = (depth + lanes<T> - 1) / lanes<T> * lanes<T>;
   for (int n = 0; n < narrow_columns; ++n) {
     const int64_t count = n < columns ? depth : 0;
@@ -83,12 +71,10 @@ PYFLOWGEN_INLINE void gemm_narrow_columns(int columns, int64_t depth, const T* f
 
 // panel[depth][tile_columns] = B(k,n) for n < columns, 0 for the others; B(k,n) = b[k * b_depth + n * b_column],
 // where one of the strides is 1.
-template <class T>
-void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t b_column, T* panel);
+template <class T> void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t b_column, T* panel);
 
 // B packed beforehand, in the layout above.
-template <class T>
-struct PackedPanels {
+template <class T> struct PackedPanels {
   const T* panels;  // [ceil(columns / tile_columns)][depth][tile_columns]
   int64_t depth;
   PYFLOWGEN_INLINE const T* block(int64_t panel, int64_t k, int, int64_t, T*) const {
@@ -100,8 +86,7 @@ struct PackedPanels {
 };
 
 // B as it lies in memory, packed block by block on the way: a few percent dearer at full chunks.
-template <class T>
-struct StridedMatrix {
+template <class T> struct StridedMatrix {
   const T* b;
   int64_t b_depth, b_column;
   PYFLOWGEN_INLINE const T* block(int64_t panel, int64_t k, int columns, int64_t depth, T* buffer) const {
@@ -116,10 +101,7 @@ struct StridedMatrix {
 
 PYFLOWGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-template <class T>
-PYFLOWGEN_INLINE int64_t gemm_panels(int64_t columns) {
-  return ceil_div(columns, tile_columns<T>);
-}
+template <class T> PYFLOWGEN_INLINE int64_t gemm_panels(int64_t columns) { return ceil_div(columns, tile_columns<T>); }
 
 // Start of part i when n things are cut into that many parts of nearly equal size.
 PYFLOWGEN_INLINE int64_t part_start(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
@@ -131,8 +113,7 @@ struct GemmPlan {
   int64_t tasks() const { return chunks * groups; }
 };
 
-template <class T>
-inline GemmPlan gemm_plan(int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
+template <class T> inline GemmPlan gemm_plan(int64_t rows, int64_t columns, int64_t depth, int64_t threads) {
   const int64_t panels = gemm_panels<T>(columns), tiles = ceil_div(rows, tile_rows<T>);
   GemmPlan plan{rows, columns, depth, ceil_div(rows, chunk_rows<T>), ceil_div(panels, group_panels)};
   if (plan.tasks() == 0) return plan;
@@ -145,14 +126,12 @@ inline GemmPlan gemm_plan(int64_t rows, int64_t columns, int64_t depth, int64_t 
 // Whether the lines of A that one tile reads fall into so few sets of an 8-way L1, or so many pages, that they push
 // each other out. Then a block of A is copied first, to lines of copy_stride (or chunk_rows) elements.
 inline constexpr int copy_stride = depth_block + 16;
-template <class T>
-PYFLOWGEN_INLINE bool gemm_copies(int64_t height, int64_t a_row, int64_t a_depth) {
+template <class T> PYFLOWGEN_INLINE bool gemm_copies(int64_t height, int64_t a_row, int64_t a_depth) {
   return a_depth == 1 ? height > 8 && a_row % (4096 / int64_t(sizeof(T))) == 0
                       : height > tile_rows<T> && a_depth >= 1024 / int64_t(sizeof(T));
 }
 
-template <class T>
-struct Target {
+template <class T> struct Target {
   T* out;
   int64_t out_row;
   const T* addend;  // one row, or null
@@ -176,9 +155,9 @@ PYFLOWGEN_INLINE void finish(int64_t rows, int columns, const T* tile, int64_t m
 //   epilogue(m, n, v, count): v holds C(m, n .. n + count - 1) in its first count lanes; 1 <= count <= lanes<T>.
 //   An epilogue that is no more than out = addend + C may also have target(m, n) -> Target of C(m, n): whole tiles are
 //   then stored from the registers.
-template <class T, class Matrix, class Epilogue>
-void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, const Matrix& b, int64_t begin, int64_t end,
-          const Epilogue& epilogue) {
+template <class T, class Matrix, class Epilogue> void gemm(const GemmPlan& plan, const T* a, int64_t a_row,
+                                                           int64_t a_depth, const Matrix& b, int64_t begin, int64_t end,
+                                                           const Epilogue& epilogue) {
   constexpr int width = tile_columns<T>;
   alignas(64) T tiles[group_panels][chunk_rows<T>][width];
   alignas(64) T buffer[depth_block * width];
@@ -220,8 +199,7 @@ void gemm(const GemmPlan& plan, const T* a, int64_t a_row, int64_t a_depth, cons
               continue;
             }
           T* tile = only ? tiles[0][0] : tiles[panel - from][m];
-          if (narrow)
-            gemm_narrow_tile<T>(int(n), used, part, block_a + m * row, row, columns, k > 0, tile);
+          if (narrow) gemm_narrow_tile<T>(int(n), used, part, block_a + m * row, row, columns, k > 0, tile);
           else
             gemm_tile<T>(int(n), used, part, block_a + m * row, row, step, block_b, k ? tile : nullptr, width, tile,
                          width);

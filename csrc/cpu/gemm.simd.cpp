@@ -39,8 +39,7 @@ PYFLOWGEN_INLINE void dispatch(std::integer_sequence<int, rows...>, int n, Args.
 }
 
 // Transpose of lanes x lanes elements by exchanging ever larger blocks across the diagonal.
-template <class T, int step = 1>
-PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
+template <class T, int step = 1> PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
   if constexpr (step < lanes<T>) {
     using Index = Pack<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
     Index low, high;
@@ -61,26 +60,20 @@ PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
 
 }  // namespace
 
-template <class T>
-void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth, const T* b,
-               const T* addend, int64_t addend_row, T* out, int64_t out_row) {
+template <class T> void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                                  const T* b, const T* addend, int64_t addend_row, T* out, int64_t out_row) {
   constexpr auto heights = std::make_integer_sequence<int, tile_rows<T>>();
   if (columns > lanes<T>) {
-    if (a_depth == 1)
-      dispatch<T, 2, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
-    else
-      dispatch<T, 2, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
+    if (a_depth == 1) dispatch<T, 2, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
+    else dispatch<T, 2, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
   } else {
-    if (a_depth == 1)
-      dispatch<T, 1, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
-    else
-      dispatch<T, 1, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
+    if (a_depth == 1) dispatch<T, 1, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
+    else dispatch<T, 1, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
   }
 }
 
-template <class T>
-void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, const T (*b)[depth_block],
-                      bool accumulate, T* tile) {
+template <class T> void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row,
+                                         const T (*b)[depth_block], bool accumulate, T* tile) {
   // So many rows that their sums, one for each row and column, make up whole vectors once added up.
   constexpr int side = lanes<T>, together = std::max(1, side / narrow_columns), sums = together * narrow_columns;
   static_assert(sums % side == 0);
@@ -122,8 +115,7 @@ void gemm_narrow_tile(int rows, int columns, int64_t depth, const T* a, int64_t 
   }
 }
 
-template <class T>
-void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t b_column, T* panel) {
+template <class T> void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t b_column, T* panel) {
   constexpr int width = tile_columns<T>, side = lanes<T>;
   if (b_column == 1) {
     for (int64_t k = 0; k < depth; ++k, b += b_depth, panel += width)
@@ -153,9 +145,9 @@ void gemm_pack(int columns, int64_t depth, const T* b, int64_t b_depth, int64_t 
   }
 }
 
-#define INSTANTIATE(T)                                                                                                 \
+#define INSTANTIATE(T) \
   template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, const T*, int64_t, T*, int64_t); \
-  template void gemm_narrow_tile<T>(int, int, int64_t, const T*, int64_t, const T(*)[depth_block], bool, T*);          \
+  template void gemm_narrow_tile<T>(int, int, int64_t, const T*, int64_t, const T(*)[depth_block], bool, T*); \
   template void gemm_pack<T>(int, int64_t, const T*, int64_t, int64_t, T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

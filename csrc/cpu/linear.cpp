@@ -68,14 +68,8 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
                   "linear: the kernel takes float32 and float64");
 }
 
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
-template <class T>
-T* out(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
-}
+template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
+template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
 
 int64_t threads_for(int64_t work) {
   if (work < 2 * work_per_thread) return 1;
@@ -83,16 +77,14 @@ int64_t threads_for(int64_t work) {
 }
 
 // f(part) for part = 0 .. threads - 1.
-template <class F>
-void in_threads(int64_t threads, const F& f) {
+template <class F> void in_threads(int64_t threads, const F& f) {
   if (threads == 1) return f(0);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
 
-template <class T>
-Tensor pack(const Tensor& weight) {
+template <class T> Tensor pack(const Tensor& weight) {
   const int64_t out_features = weight.size(0), in = weight.size(1);
   const Tensor packed = empty({PYFLOWGEN_CALL(linear_packed_size<T>, in, out_features)}, weight);
   const int64_t tasks = PYFLOWGEN_CALL(linear_pack_tasks<T>, out_features),
@@ -104,9 +96,8 @@ Tensor pack(const Tensor& weight) {
   return packed;
 }
 
-template <class T>
-void forward(const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias, Activation activation,
-             const Tensor* packed, const Tensor& y, const Tensor* before) {
+template <class T> void forward(const Rows& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                Activation activation, const Tensor* packed, const Tensor& y, const Tensor* before) {
   const int64_t out_features = weight.size(0), in = weight.size(1);
   const T* panels = nullptr;
   if (packed && packed->numel() == PYFLOWGEN_CALL(linear_packed_size<T>, in, out_features) &&
@@ -130,9 +121,9 @@ void forward(const Rows& x, const Tensor& weight, const std::optional<Tensor>& b
              [&](int64_t i) { PYFLOWGEN_CALL(linear<T>, o, tasks * i / o.threads, tasks * (i + 1) / o.threads); });
 }
 
-template <class T>
-void backward(const Tensor& dy, const Rows& x, const Tensor& weight, const Tensor* saved, const Tensor* dz,
-              Activation activation, const Tensor* dx, const Tensor* dweight, const Tensor* dbias) {
+template <class T> void backward(const Tensor& dy, const Rows& x, const Tensor& weight, const Tensor* saved,
+                                 const Tensor* dz, Activation activation, const Tensor* dx, const Tensor* dweight,
+                                 const Tensor* dbias) {
   const int64_t out_features = weight.size(0), in = weight.size(1), count = x.count * out_features;
   if (dz) {
     const int64_t threads = threads_for(8 * count);

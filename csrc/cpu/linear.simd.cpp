@@ -7,8 +7,7 @@
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
 
-template <Activation kind, class V>
-PYFLOWGEN_INLINE V activate(V z) {
+template <Activation kind, class V> PYFLOWGEN_INLINE V activate(V z) {
   if constexpr (kind == Activation::relu) return z < 0 ? V{} : z;  // NaN stays
   if constexpr (kind == Activation::leaky_relu) return z < 0 ? z * formula::Element<V>(leaky_slope) : z;
   if constexpr (kind == Activation::silu) return z * formula::sigmoid(z);
@@ -17,8 +16,7 @@ PYFLOWGEN_INLINE V activate(V z) {
   return z;
 }
 
-template <Activation kind, class V>
-PYFLOWGEN_INLINE V activate_backward(V dy, V saved) {
+template <Activation kind, class V> PYFLOWGEN_INLINE V activate_backward(V dy, V saved) {
   if constexpr (kind == Activation::relu) return saved <= 0 ? V{} : dy;
   if constexpr (kind == Activation::leaky_relu) return saved > 0 ? dy : dy * formula::Element<V>(leaky_slope);
   if constexpr (kind == Activation::silu) {
@@ -31,26 +29,18 @@ PYFLOWGEN_INLINE V activate_backward(V dy, V saved) {
 }
 
 // f.operator()<kind>() for the activation's kind.
-template <class F>
-PYFLOWGEN_INLINE void for_kind(Activation activation, const F& f) {
+template <class F> PYFLOWGEN_INLINE void for_kind(Activation activation, const F& f) {
   switch (activation) {
-    case Activation::none:
-      return f.template operator()<Activation::none>();
-    case Activation::relu:
-      return f.template operator()<Activation::relu>();
-    case Activation::leaky_relu:
-      return f.template operator()<Activation::leaky_relu>();
-    case Activation::silu:
-      return f.template operator()<Activation::silu>();
-    case Activation::tanh:
-      return f.template operator()<Activation::tanh>();
-    case Activation::sigmoid:
-      return f.template operator()<Activation::sigmoid>();
+    case Activation::none: return f.template operator()<Activation::none>();
+    case Activation::relu: return f.template operator()<Activation::relu>();
+    case Activation::leaky_relu: return f.template operator()<Activation::leaky_relu>();
+    case Activation::silu: return f.template operator()<Activation::silu>();
+    case Activation::tanh: return f.template operator()<Activation::tanh>();
+    case Activation::sigmoid: return f.template operator()<Activation::sigmoid>();
   }
 }
 
-template <class T>
-struct Store {  // out[rows][stride] = C + bias
+template <class T> struct Store {  // out[rows][stride] = C + bias
   T* out;
   int64_t stride;
   const T* bias = nullptr;
@@ -63,8 +53,7 @@ struct Store {  // out[rows][stride] = C + bias
   }
 };
 
-template <Activation kind, class T>
-struct StoreActivated {
+template <Activation kind, class T> struct StoreActivated {
   const LinearForward<T>& o;
   PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
     if (o.bias) v += load_first<T>(o.bias + n, count);
@@ -73,8 +62,7 @@ struct StoreActivated {
   }
 };
 
-template <class T>
-struct StoreTransposed {
+template <class T> struct StoreTransposed {
   T* out;
   int64_t stride;
   PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
@@ -84,8 +72,7 @@ struct StoreTransposed {
 
 // Columns whose bias gradient one task sums.
 inline constexpr int dbias_packs = 4;
-template <class T>
-inline constexpr int64_t dbias_columns = dbias_packs * lanes<T>;
+template <class T> inline constexpr int64_t dbias_columns = dbias_packs * lanes<T>;
 
 // total = sum of rows begin <= m < end, halves summed by themselves: the error grows with the logarithm of their
 // number.
@@ -106,44 +93,34 @@ void sum_rows(const T* dy, int64_t stride, int64_t begin, int64_t end, const int
   for (int v = 0; v < dbias_packs; ++v) total[v] = sum[v];
 }
 
-template <class T>
-PYFLOWGEN_INLINE GemmPlan dx_plan(const LinearBackward<T>& o) {
+template <class T> PYFLOWGEN_INLINE GemmPlan dx_plan(const LinearBackward<T>& o) {
   return gemm_plan<T>(o.batch, o.in, o.out, o.threads);
 }
 // dweight, or its transpose when that pads fewer columns (in of 1, 2, 3: the first layer of a flow on vectors).
-template <class T>
-PYFLOWGEN_INLINE bool dweight_transposed(const LinearBackward<T>& o) {
+template <class T> PYFLOWGEN_INLINE bool dweight_transposed(const LinearBackward<T>& o) {
   return o.out * gemm_panels<T>(o.in) > o.in * gemm_panels<T>(o.out);
 }
-template <class T>
-PYFLOWGEN_INLINE GemmPlan dweight_plan(const LinearBackward<T>& o) {
+template <class T> PYFLOWGEN_INLINE GemmPlan dweight_plan(const LinearBackward<T>& o) {
   return dweight_transposed(o) ? gemm_plan<T>(o.in, o.out, o.batch, o.threads)
                                : gemm_plan<T>(o.out, o.in, o.batch, o.threads);
 }
-template <class T>
-PYFLOWGEN_INLINE GemmPlan forward_plan(const LinearForward<T>& o) {
+template <class T> PYFLOWGEN_INLINE GemmPlan forward_plan(const LinearForward<T>& o) {
   return gemm_plan<T>(o.batch, o.out, o.in, o.threads);
 }
 
 }  // namespace
 
-template <class T>
-int64_t linear_packed_size(int64_t in, int64_t out) {
+template <class T> int64_t linear_packed_size(int64_t in, int64_t out) {
   return gemm_panels<T>(out) * in * tile_columns<T>;
 }
-template <class T>
-int64_t linear_pack_tasks(int64_t out) {
-  return gemm_panels<T>(out);
-}
-template <class T>
-void linear_pack(int64_t in, int64_t out, const T* weight, T* packed, int64_t begin, int64_t end) {
+template <class T> int64_t linear_pack_tasks(int64_t out) { return gemm_panels<T>(out); }
+template <class T> void linear_pack(int64_t in, int64_t out, const T* weight, T* packed, int64_t begin, int64_t end) {
   constexpr int64_t width = tile_columns<T>;
   for (int64_t p = begin; p < end; ++p)
     gemm_pack<T>(int(std::min(width, out - p * width)), in, weight + p * width * in, 1, in, packed + p * width * in);
 }
 
-template <class T>
-bool linear_pack_matches(int64_t in, int64_t out, const T* weight, const T* packed) {
+template <class T> bool linear_pack_matches(int64_t in, int64_t out, const T* weight, const T* packed) {
   constexpr int64_t width = tile_columns<T>, samples = 16;
   for (int64_t i = 0, size = in * out; size && i < samples; ++i) {
     const int64_t at = (size - 1) * i / (samples - 1), n = at / in, k = at % in;
@@ -152,19 +129,13 @@ bool linear_pack_matches(int64_t in, int64_t out, const T* weight, const T* pack
   return true;
 }
 
-template <class T>
-int64_t linear_tasks(const LinearForward<T>& o) {
-  return forward_plan(o).tasks();
-}
+template <class T> int64_t linear_tasks(const LinearForward<T>& o) { return forward_plan(o).tasks(); }
 
-template <class T>
-void linear(const LinearForward<T>& o, int64_t begin, int64_t end) {
+template <class T> void linear(const LinearForward<T>& o, int64_t begin, int64_t end) {
   const auto product = [&](const auto& epilogue) {
     const GemmPlan plan = forward_plan(o);
-    if (o.packed)
-      gemm<T>(plan, o.x, o.x_stride, 1, PackedPanels<T>{o.packed, o.in}, begin, end, epilogue);
-    else
-      gemm<T>(plan, o.x, o.x_stride, 1, StridedMatrix<T>{o.weight, 1, o.in}, begin, end, epilogue);
+    if (o.packed) gemm<T>(plan, o.x, o.x_stride, 1, PackedPanels<T>{o.packed, o.in}, begin, end, epilogue);
+    else gemm<T>(plan, o.x, o.x_stride, 1, StridedMatrix<T>{o.weight, 1, o.in}, begin, end, epilogue);
   };
   if (o.activation == Activation::none && !o.before) return product(Store<T>{o.y, o.out, o.bias});
   for_kind(o.activation, [&]<Activation kind>() { product(StoreActivated<kind, T>{o}); });
@@ -180,21 +151,13 @@ void linear_activation_backward(Activation activation, int64_t count, const T* d
   });
 }
 
-template <class T>
-int64_t linear_dx_tasks(const LinearBackward<T>& o) {
-  return dx_plan(o).tasks();
-}
-template <class T>
-void linear_dx(const LinearBackward<T>& o, int64_t begin, int64_t end) {
+template <class T> int64_t linear_dx_tasks(const LinearBackward<T>& o) { return dx_plan(o).tasks(); }
+template <class T> void linear_dx(const LinearBackward<T>& o, int64_t begin, int64_t end) {
   gemm<T>(dx_plan(o), o.dy, o.out, 1, StridedMatrix<T>{o.weight, o.in, 1}, begin, end, Store<T>{o.dx, o.in});
 }
 
-template <class T>
-int64_t linear_dweight_tasks(const LinearBackward<T>& o) {
-  return dweight_plan(o).tasks();
-}
-template <class T>
-void linear_dweight(const LinearBackward<T>& o, int64_t begin, int64_t end) {
+template <class T> int64_t linear_dweight_tasks(const LinearBackward<T>& o) { return dweight_plan(o).tasks(); }
+template <class T> void linear_dweight(const LinearBackward<T>& o, int64_t begin, int64_t end) {
   if (dweight_transposed(o))
     gemm<T>(dweight_plan(o), o.x, 1, o.x_stride, StridedMatrix<T>{o.dy, o.out, 1}, begin, end,
             StoreTransposed<T>{o.dweight, o.in});
@@ -203,12 +166,8 @@ void linear_dweight(const LinearBackward<T>& o, int64_t begin, int64_t end) {
             Store<T>{o.dweight, o.in});
 }
 
-template <class T>
-int64_t linear_dbias_tasks(const LinearBackward<T>& o) {
-  return ceil_div(o.out, dbias_columns<T>);
-}
-template <class T>
-void linear_dbias(const LinearBackward<T>& o, int64_t begin, int64_t end) {
+template <class T> int64_t linear_dbias_tasks(const LinearBackward<T>& o) { return ceil_div(o.out, dbias_columns<T>); }
+template <class T> void linear_dbias(const LinearBackward<T>& o, int64_t begin, int64_t end) {
   for (int64_t task = begin; task < end; ++task) {
     const int64_t left = task * dbias_columns<T>;
     int count[dbias_packs];
@@ -219,19 +178,19 @@ void linear_dbias(const LinearBackward<T>& o, int64_t begin, int64_t end) {
   }
 }
 
-#define INSTANTIATE(T)                                                                      \
-  template int64_t linear_packed_size<T>(int64_t, int64_t);                                 \
-  template int64_t linear_pack_tasks<T>(int64_t);                                           \
-  template void linear_pack<T>(int64_t, int64_t, const T*, T*, int64_t, int64_t);           \
-  template bool linear_pack_matches<T>(int64_t, int64_t, const T*, const T*);               \
-  template int64_t linear_tasks<T>(const LinearForward<T>&);                                \
-  template void linear<T>(const LinearForward<T>&, int64_t, int64_t);                       \
+#define INSTANTIATE(T) \
+  template int64_t linear_packed_size<T>(int64_t, int64_t); \
+  template int64_t linear_pack_tasks<T>(int64_t); \
+  template void linear_pack<T>(int64_t, int64_t, const T*, T*, int64_t, int64_t); \
+  template bool linear_pack_matches<T>(int64_t, int64_t, const T*, const T*); \
+  template int64_t linear_tasks<T>(const LinearForward<T>&); \
+  template void linear<T>(const LinearForward<T>&, int64_t, int64_t); \
   template void linear_activation_backward<T>(Activation, int64_t, const T*, const T*, T*); \
-  template int64_t linear_dx_tasks<T>(const LinearBackward<T>&);                            \
-  template void linear_dx<T>(const LinearBackward<T>&, int64_t, int64_t);                   \
-  template int64_t linear_dweight_tasks<T>(const LinearBackward<T>&);                       \
-  template void linear_dweight<T>(const LinearBackward<T>&, int64_t, int64_t);              \
-  template int64_t linear_dbias_tasks<T>(const LinearBackward<T>&);                         \
+  template int64_t linear_dx_tasks<T>(const LinearBackward<T>&); \
+  template void linear_dx<T>(const LinearBackward<T>&, int64_t, int64_t); \
+  template int64_t linear_dweight_tasks<T>(const LinearBackward<T>&); \
+  template void linear_dweight<T>(const LinearBackward<T>&, int64_t, int64_t); \
+  template int64_t linear_dbias_tasks<T>(const LinearBackward<T>&); \
   template void linear_dbias<T>(const LinearBackward<T>&, int64_t, int64_t);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -83,13 +83,11 @@ PYFLOWGEN_INLINE f64v widen_add(f32v v) {
 PYFLOWGEN_INLINE f64v widen_add(f64v v) { return v; }
 
 // Sum of the lanes, always as the same tree.
-PYFLOWGEN_INLINE double reduce_add(f64v v) {
-  for (int n = lanes<double> / 2; n >= 1; n /= 2) {
-    i64v index{};
-    for (int i = 0; i < n; ++i) index[i] = i + n;
-    v += __builtin_shuffle(v, index);
-  }
-  return v[0];
+template <int n = lanes<double> / 2> PYFLOWGEN_INLINE double reduce_add(f64v v) {
+  if constexpr (n == 0) return v[0];
+  i64v index{};
+  for (int i = 0; i < n; ++i) index[i] = i + n;
+  return reduce_add<n / 2>(v + __builtin_shuffle(v, index));
 }
 
 }  // namespace pyflowgen::PYFLOWGEN_ISA

@@ -10,10 +10,12 @@
 namespace pyflowgen::cuda {
 namespace {
 
-std::tuple<Tensor, Tensor> forward(Tensor x, Tensor params, std::optional<Tensor> log_scale, std::optional<Tensor> mask, int64_t layout,
-                                   int64_t start, int64_t step, int64_t scale, double clamp, bool shift_first, bool inverse, int64_t event_dim) {
+std::tuple<Tensor, Tensor> forward(Tensor x, Tensor params, std::optional<Tensor> log_scale, std::optional<Tensor> mask,
+                                   int64_t layout, int64_t start, int64_t step, int64_t scale, double clamp,
+                                   bool shift_first, bool inverse, int64_t event_dim) {
   const OnDevice device(x);
-  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim);
+  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse,
+                                event_dim);
   Output y(x, call.batch_dims(), call.dims());
   Tensor logdet = call.new_logdet();
   if (call.empty()) {
@@ -30,11 +32,13 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor params, std::optional<Tensor
   return {y.finish(), logdet};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor x, Tensor params,
-                                            std::optional<Tensor> log_scale, std::optional<Tensor> mask, int64_t layout, int64_t start, int64_t step,
-                                            int64_t scale, double clamp, bool shift_first, bool inverse, int64_t event_dim) {
+std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor x,
+                                            Tensor params, std::optional<Tensor> log_scale, std::optional<Tensor> mask,
+                                            int64_t layout, int64_t start, int64_t step, int64_t scale, double clamp,
+                                            bool shift_first, bool inverse, int64_t event_dim) {
   const OnDevice device(x);
-  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim);
+  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse,
+                                event_dim);
   call.check_gradients(dy, dlogdet, x);
   Output dx(x, call.batch_dims(), call.dims()), dparams(params, call.batch_dims(), call.dims());
   std::optional<Output> dlog_scale;
@@ -48,14 +52,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> dy, std::optio
     if (dy) dy_view.emplace(*dy, call.batch_dims(), call.dims());
     if (dlogdet && !joint_stride(*dlogdet, 0, call.batch_dims())) dlogdet = torch::stable::contiguous(*dlogdet);
     with_dtype(x.scalar_type(), "affine_coupling_backward", [&]<class T, class A>() {
-      affine_coupling_backward(call.backward<T, A>(dy_view, dlogdet, nullptr, dx, dparams, dlog_scale), device.stream());
+      affine_coupling_backward(call.backward<T, A>(dy_view, dlogdet, nullptr, dx, dparams, dlog_scale),
+                               device.stream());
     });
   }
   return {dx.finish(), dparams.finish(), dlog_scale ? dlog_scale->finish() : torch::stable::new_empty(x, {0})};
 }
 
-} // namespace
-} // namespace pyflowgen::cuda
+}  // namespace
+}  // namespace pyflowgen::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowgen, PYFLOWGEN_CUDA_KEY, m) {
   m.impl("affine_coupling", TORCH_BOX(&pyflowgen::cuda::forward));

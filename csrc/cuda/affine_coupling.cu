@@ -1,18 +1,18 @@
 // affine_coupling on CUDA: one pass over memory, log-determinants summed on the way. Not yet run on a GPU.
 //
-// Floor, n transformed elements of b bytes and r copied ones: forward reads x, shift, log_scale and writes y, (4 n + 2 r) b
-// bytes; backward reads dy, x, shift, log_scale and writes three gradients, (7 n + 2 r) b bytes. The kernels move just
-// that, plus a mask's byte for each element and 16 bytes for each of at most 2048 + batch partial sums where an event is
-// cut. About 20 operations an element (exp) to 60 (sigmoid backward), 30 more for the addresses of a unit: in float32 an
-// H100 has 130 instruction slots a transformed element at its memory's speed, so memory is the limit.
+// Floor, n transformed elements of b bytes and r copied ones: forward reads x, shift, log_scale and writes y, (4 n + 2
+// r) b bytes; backward reads dy, x, shift, log_scale and writes three gradients, (7 n + 2 r) b bytes. The kernels move
+// just that, plus a mask's byte for each element and 16 bytes for each of at most 2048 + batch partial sums where an
+// event is cut. About 20 operations an element (exp) to 60 (sigmoid backward), 30 more for the addresses of a unit: in
+// float32 an H100 has 130 instruction slots a transformed element at its memory's speed, so memory is the limit.
 //
 // The event is walked in units of W elements along the dimension (channel or inner) where x is dense: 16 bytes' worth
 // where every tensor is dense and aligned there, else 1 (interleaved parameters, odd sizes). Thus neighbouring threads
 // touch neighbouring addresses; where the batch is the dense dimension the result is right but access not coalesced. A
 // block's threads are shared out over rows, from 256 rows a block for tiny events to one; few long rows are cut into
-// segments, a block each, whose sums a second kernel adds in order: no atomics, the same result on every run and device.
+// segments, a block each, whose sums a second kernel adds in order: no atomics, the same result on every run and
+// device.
 #include "affine_coupling.h"
-
 #include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "formula/affine_coupling.h"
@@ -27,7 +27,9 @@ namespace formula = pyflowgen::PYFLOWGEN_ISA::formula;
 template <class T> struct View {
   T* p;
   Strides s;
-  __device__ __forceinline__ T* at(int64_t row, int64_t channel, int64_t inner) const { return p + row * s.batch + channel * s.channel + inner * s.inner; }
+  __device__ __forceinline__ T* at(int64_t row, int64_t channel, int64_t inner) const {
+    return p + row * s.batch + channel * s.channel + inner * s.inner;
+  }
 };
 
 struct Cut {
@@ -55,9 +57,7 @@ __device__ __forceinline__ Place place(const Cut& cut) {
 }
 
 // Where a unit is; k: its channel among the parameters', or -1 where x is copied.
-struct Unit {
-  int64_t channel, inner, k;
-};
+struct Unit { int64_t channel, inner, k; };
 template <int W> __device__ __forceinline__ Unit find(const Cut& cut, int64_t unit) {
   const int64_t outer = cut.run(unit), along = (unit - outer * int64_t(cut.run.d)) * W;
   const int64_t channel = cut.by_channel ? along : outer, from_start = channel - cut.start;
@@ -72,7 +72,8 @@ template <int W> __device__ __forceinline__ Unit find(const Cut& cut, int64_t un
 // ------------------------------------------------------------------------------------------------------- kernels
 
 // Call f<S>() for the scale given as a template argument, or else for the one chosen at run time. 128-bit kernels are
-// compiled for every scale; their plain twins branch on it for each element, which costs them little and the build less.
+// compiled for every scale; their plain twins branch on it for each element, which costs them little and the build
+// less.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable
 #endif
@@ -102,8 +103,8 @@ template <class T, class A> struct ForwardTask {
   double* partial;  // (batch, segments), or null: the sum is the log-determinant
 };
 
-template <int W, class T, class A, AffineScale... Scale>
-__global__ void __launch_bounds__(threads, 2) forward_kernel(const ForwardTask<T, A> t) {
+template <int W, class T, class A, AffineScale... Scale> __global__ void __launch_bounds__(threads, 2)
+    forward_kernel(const ForwardTask<T, A> t) {
   using C = Compute<T>;
   const Place here = place(t.cut);
   const int64_t mask_run = t.cut.by_channel ? t.mask.s.channel : t.mask.s.inner;
@@ -120,8 +121,8 @@ __global__ void __launch_bounds__(threads, 2) forward_kernel(const ForwardTask<T
         if constexpr (S != AffineScale::additive) log_scale = load<W>(t.log_scale.at(here.row, u.k, u.inner));
 #pragma unroll
         for (int j = 0; j < W; ++j) {
-          auto [y, l] = formula::affine_coupling<S>(widen(x.at[j]), widen(shift.at[j]), widen(log_scale.at[j]), C(t.cut.clamp), t.cut.shift_first,
-                                                    t.cut.inverse);
+          auto [y, l] = formula::affine_coupling<S>(widen(x.at[j]), widen(shift.at[j]), widen(log_scale.at[j]),
+                                                    C(t.cut.clamp), t.cut.shift_first, t.cut.inverse);
           if (mask && !mask[j * mask_run]) l = 0;
           else narrow(y, x.at[j]);
           sum += l;
@@ -141,7 +142,8 @@ __global__ void __launch_bounds__(threads, 2) forward_kernel(const ForwardTask<T
 }
 
 // logdet[row] from the row's partial sums; a block a row.
-template <class A> __global__ void __launch_bounds__(threads) finish_kernel(const double* partial, int64_t segments, bool inverse, A* logdet) {
+template <class A> __global__ void __launch_bounds__(threads)
+    finish_kernel(const double* partial, int64_t segments, bool inverse, A* logdet) {
   double total = 0;
   for (int64_t i = threadIdx.x; i < segments; i += threads) total += partial[blockIdx.x * segments + i];
   total = sum_lanes(total, threads);
@@ -158,12 +160,13 @@ template <class T, class A> struct BackwardTask {
   View<T> dx, dshift, dlog_scale;
 };
 
-template <int W, class T, class A, AffineScale... Scale>
-__global__ void __launch_bounds__(threads, 2) backward_kernel(const BackwardTask<T, A> t) {
+template <int W, class T, class A, AffineScale... Scale> __global__ void __launch_bounds__(threads, 2)
+    backward_kernel(const BackwardTask<T, A> t) {
   using C = Compute<T>;
   const Place here = place(t.cut);
   const int64_t mask_run = t.cut.by_channel ? t.mask.s.channel : t.mask.s.inner;
-  C dlogdet = t.dlogdet && !t.cut.elementwise && here.begin < here.end ? C(t.dlogdet[here.row * t.dlogdet_stride]) : C(0);
+  C dlogdet =
+      t.dlogdet && !t.cut.elementwise && here.begin < here.end ? C(t.dlogdet[here.row * t.dlogdet_stride]) : C(0);
   for (int64_t unit = here.begin; unit < here.end; unit += t.cut.lanes) {
     const Unit u = find<W>(t.cut, unit);
     Vector<T, W> dy{};
@@ -178,7 +181,8 @@ __global__ void __launch_bounds__(threads, 2) backward_kernel(const BackwardTask
 #pragma unroll
         for (int j = 0; j < W; ++j) {
           if (t.cut.elementwise && t.dlogdet) dlogdet = C(t.dlogdet[(unit * W + j) * t.dlogdet_stride]);
-          auto [dx, dt, ds] = formula::affine_coupling_backward<S>(widen(dy.at[j]), dlogdet, widen(x.at[j]), widen(shift.at[j]), widen(log_scale.at[j]),
+          auto [dx, dt, ds] = formula::affine_coupling_backward<S>(widen(dy.at[j]), dlogdet, widen(x.at[j]),
+                                                                   widen(shift.at[j]), widen(log_scale.at[j]),
                                                                    C(t.cut.clamp), t.cut.shift_first, t.cut.inverse);
           if (mask && !mask[j * mask_run]) dt = ds = 0;
           else narrow(dx, dy.at[j]);
@@ -186,8 +190,7 @@ __global__ void __launch_bounds__(threads, 2) backward_kernel(const BackwardTask
           narrow(ds, dlog_scale.at[j]);
         }
         store<W>(t.dshift.at(here.row, u.k, u.inner), dshift);
-        if constexpr (S != AffineScale::additive)
-          store<W>(t.dlog_scale.at(here.row, u.k, u.inner), dlog_scale);
+        if constexpr (S != AffineScale::additive) store<W>(t.dlog_scale.at(here.row, u.k, u.inner), dlog_scale);
       });
     }
     store<W>(t.dx.at(here.row, u.channel, u.inner), dy);
@@ -221,7 +224,8 @@ Shape shape(AffineCouplingOptions o, std::initializer_list<Strides> views) {
 template <class T> bool aligned(const View<T>& v, bool by_channel, int width) {
   const Strides& s = v.s;
   const int64_t across = by_channel ? s.inner : s.channel;
-  return (by_channel ? s.channel : s.inner) == 1 && s.batch % width == 0 && across % width == 0 && uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0;
+  return (by_channel ? s.channel : s.inner) == 1 && s.batch % width == 0 && across % width == 0 &&
+         uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0;
 }
 
 // Whether whole units of `width` elements fill the walked dimension, each either transformed or copied.
@@ -230,18 +234,34 @@ bool divisible(const AffineCouplingOptions& o, bool by_channel, int width) {
   return o.step == 1 && o.channels % width == 0 && o.start % width == 0 && o.count % width == 0;
 }
 
-bool along_channels(const AffineCouplingOptions& o, const Strides& x) { return o.inner == 1 || (o.channels > 1 && x.channel < x.inner); }
+bool along_channels(const AffineCouplingOptions& o, const Strides& x) {
+  return o.inner == 1 || (o.channels > 1 && x.channel < x.inner);
+}
 
 Cut make_cut(const AffineCouplingOptions& o, int64_t segments, bool by_channel, int width) {
-  Cut cut{o.batch, o.channels * o.inner / width, 0, o.start, o.step, o.count, Divider((by_channel ? o.channels : o.inner) / width), Divider(o.step), 0,
-          by_channel, o.inverse, o.shift_first, o.elementwise, o.scale, o.clamp, {}};
+  Cut cut{o.batch,
+          o.channels * o.inner / width,
+          0,
+          o.start,
+          o.step,
+          o.count,
+          Divider((by_channel ? o.channels : o.inner) / width),
+          Divider(o.step),
+          0,
+          by_channel,
+          o.inverse,
+          o.shift_first,
+          o.elementwise,
+          o.scale,
+          o.clamp,
+          {}};
   cut.per_segment = ceil_div(cut.units, segments);
   cut.lanes = lanes_for(cut.per_segment);
   cut.grid = dim3(unsigned(ceil_div(o.batch, threads / cut.lanes)), unsigned(segments));
   return cut;
 }
 
-} // namespace
+}  // namespace
 
 int64_t affine_coupling_segments(const AffineCouplingOptions& o) {
   const int64_t rows = o.elementwise ? 1 : o.batch, elements = o.elementwise ? o.batch : o.channels * o.inner;
@@ -252,12 +272,18 @@ int64_t affine_coupling_segments(const AffineCouplingOptions& o) {
 template <class T, class A> void affine_coupling(const AffineCouplingForward<T, A>& a, double* partial, void* stream) {
   const int64_t segments = cuda::affine_coupling_segments(a.o);
   const T* log_scale = a.log_scale ? a.log_scale : a.shift;
-  const Strides log_scale_strides = a.log_scale ? a.log_scale_strides : a.shift_strides, mask_strides = a.mask ? a.mask_strides : a.x_strides;
+  const Strides log_scale_strides = a.log_scale ? a.log_scale_strides : a.shift_strides,
+                mask_strides = a.mask ? a.mask_strides : a.x_strides;
   const Shape as = shape(a.o, {a.x_strides, a.shift_strides, log_scale_strides, mask_strides, a.y_strides});
   const bool by_channel = along_channels(as.o, as(a.x_strides));
   const auto view = [&]<class P>(P* p, Strides s) { return View<P>{p, as(s)}; };
-  ForwardTask<T, A> t{make_cut(as.o, segments, by_channel, 1), view(a.x, a.x_strides), view(a.shift, a.shift_strides),
-                      view(log_scale, log_scale_strides), view(a.mask, mask_strides), view(a.y, a.y_strides), a.logdet,
+  ForwardTask<T, A> t{make_cut(as.o, segments, by_channel, 1),
+                      view(a.x, a.x_strides),
+                      view(a.shift, a.shift_strides),
+                      view(log_scale, log_scale_strides),
+                      view(a.mask, mask_strides),
+                      view(a.y, a.y_strides),
+                      a.logdet,
                       segments > 1 ? partial : nullptr};
   const auto dense = [&](const auto&... views) { return (aligned(views, by_channel, full_width<T>) && ...); };
   const bool wide = divisible(as.o, by_channel, full_width<T>) && dense(t.x, t.shift, t.log_scale, t.y);
@@ -265,38 +291,55 @@ template <class T, class A> void affine_coupling(const AffineCouplingForward<T, 
   if (!wide) {
     PYFLOWGEN_LAUNCH((&forward_kernel<1, T, A>), t.cut.grid, threads, 0, stream, t);
   } else {
-    with_scale(a.o.scale, [&]<AffineScale S>() { PYFLOWGEN_LAUNCH((&forward_kernel<full_width<T>, T, A, S>), t.cut.grid, threads, 0, stream, t); });
+    with_scale(a.o.scale, [&]<AffineScale S>() {
+      PYFLOWGEN_LAUNCH((&forward_kernel<full_width<T>, T, A, S>), t.cut.grid, threads, 0, stream, t);
+    });
   }
-  if (segments > 1 && !as.o.elementwise) PYFLOWGEN_LAUNCH(&finish_kernel<A>, unsigned(a.o.batch), threads, 0, stream, partial, segments, a.o.inverse, a.logdet);
+  if (segments > 1 && !as.o.elementwise)
+    PYFLOWGEN_LAUNCH(&finish_kernel<A>, unsigned(a.o.batch), threads, 0, stream, partial, segments, a.o.inverse,
+                     a.logdet);
 }
 
 template <class T, class A> void affine_coupling_backward(const AffineCouplingBackward<T, A>& a, void* stream) {
   const int64_t segments = cuda::affine_coupling_segments(a.o);
   const bool affine = a.log_scale;
-  const Strides s = affine ? a.log_scale_strides : a.shift_strides, ds = affine ? a.dlog_scale_strides : a.dshift_strides;
+  const Strides s = affine ? a.log_scale_strides : a.shift_strides,
+                ds = affine ? a.dlog_scale_strides : a.dshift_strides;
   const Strides dy_strides = a.dy ? a.dy_strides : a.x_strides, mask_strides = a.mask ? a.mask_strides : a.x_strides;
-  const Shape as = shape(a.o, {dy_strides, a.x_strides, a.shift_strides, s, mask_strides, a.dx_strides, a.dshift_strides, ds});
+  const Shape as =
+      shape(a.o, {dy_strides, a.x_strides, a.shift_strides, s, mask_strides, a.dx_strides, a.dshift_strides, ds});
   const bool by_channel = along_channels(as.o, as(a.x_strides));
   const auto view = [&]<class P>(P* p, Strides s) { return View<P>{p, as(s)}; };
-  BackwardTask<T, A> t{make_cut(as.o, segments, by_channel, 1), view(a.dy, dy_strides), a.dlogdet, a.dlogdet_stride, view(a.x, a.x_strides),
-                       view(a.shift, a.shift_strides), view(affine ? a.log_scale : a.shift, s), view(a.mask, mask_strides), view(a.dx, a.dx_strides),
-                       view(a.dshift, a.dshift_strides), view(affine ? a.dlog_scale : a.dshift, ds)};
+  BackwardTask<T, A> t{make_cut(as.o, segments, by_channel, 1),
+                       view(a.dy, dy_strides),
+                       a.dlogdet,
+                       a.dlogdet_stride,
+                       view(a.x, a.x_strides),
+                       view(a.shift, a.shift_strides),
+                       view(affine ? a.log_scale : a.shift, s),
+                       view(a.mask, mask_strides),
+                       view(a.dx, a.dx_strides),
+                       view(a.dshift, a.dshift_strides),
+                       view(affine ? a.dlog_scale : a.dshift, ds)};
   const auto dense = [&](const auto&... views) { return (aligned(views, by_channel, full_width<T>) && ...); };
-  const bool wide = divisible(as.o, by_channel, full_width<T>) && dense(t.dy, t.x, t.shift, t.log_scale, t.dx, t.dshift, t.dlog_scale);
+  const bool wide = divisible(as.o, by_channel, full_width<T>) &&
+                    dense(t.dy, t.x, t.shift, t.log_scale, t.dx, t.dshift, t.dlog_scale);
   if (wide) t.cut = make_cut(as.o, segments, by_channel, full_width<T>);
   if (!wide) {
     PYFLOWGEN_LAUNCH((&backward_kernel<1, T, A>), t.cut.grid, threads, 0, stream, t);
   } else {
-    with_scale(a.o.scale, [&]<AffineScale S>() { PYFLOWGEN_LAUNCH((&backward_kernel<full_width<T>, T, A, S>), t.cut.grid, threads, 0, stream, t); });
+    with_scale(a.o.scale, [&]<AffineScale S>() {
+      PYFLOWGEN_LAUNCH((&backward_kernel<full_width<T>, T, A, S>), t.cut.grid, threads, 0, stream, t);
+    });
   }
 }
 
-#define PYFLOWGEN_INSTANTIATE(T, A)                                                              \
-  template void affine_coupling<T, A>(const AffineCouplingForward<T, A>&, double*, void*);       \
+#define PYFLOWGEN_INSTANTIATE(T, A) \
+  template void affine_coupling<T, A>(const AffineCouplingForward<T, A>&, double*, void*); \
   template void affine_coupling_backward<T, A>(const AffineCouplingBackward<T, A>&, void*);
 PYFLOWGEN_INSTANTIATE(double, double)
 PYFLOWGEN_INSTANTIATE(float, float)
 PYFLOWGEN_INSTANTIATE(bf16, float)
 PYFLOWGEN_INSTANTIATE(f16, float)
 
-} // namespace pyflowgen::cuda
+}  // namespace pyflowgen::cuda

@@ -14,13 +14,13 @@
 #include <string>
 
 #if defined(__CUDACC__)
-#define PYFLOWGEN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                        \
-  do {                                                                                          \
-    const auto pyflowgen_kernel = kernel;                                                       \
+#define PYFLOWGEN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  do { \
+    const auto pyflowgen_kernel = kernel; \
     pyflowgen_kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
-    ::pyflowgen::cuda::check(cudaGetLastError(), #kernel);                                      \
+    ::pyflowgen::cuda::check(cudaGetLastError(), #kernel); \
   } while (0)
-#define PYFLOWGEN_DYNAMIC_SHARED(type, name)                        \
+#define PYFLOWGEN_DYNAMIC_SHARED(type, name) \
   extern __shared__ __align__(16) unsigned char pyflowgen_shared[]; \
   type* const name = reinterpret_cast<type*>(pyflowgen_shared)
 #endif
@@ -29,7 +29,8 @@ namespace pyflowgen::cuda {
 
 // A launch that failed names its kernel. Errors of the kernel's run surface at the caller's next synchronisation.
 inline void check(cudaError_t error, const char* kernel) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("pyflowgen: launch of ") + kernel + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("pyflowgen: launch of ") + kernel + ": " + cudaGetErrorString(error));
 }
 
 // Threads of a block: at 32 registers 8 blocks fill a multiprocessor, at 64 four keep half of it busy.
@@ -56,12 +57,14 @@ struct Divider {
     while (shift < 63 && (uint64_t(1) << shift) < d) ++shift;
     magic = uint64_t((((unsigned __int128)1 << 64) * ((uint64_t(1) << shift) - d)) / d) + 1;
   }
-  __device__ __forceinline__ int64_t operator()(int64_t n) const { return int64_t((__umul64hi(magic, uint64_t(n)) + uint64_t(n)) >> shift); }
+  __device__ __forceinline__ int64_t operator()(int64_t n) const {
+    return int64_t((__umul64hi(magic, uint64_t(n)) + uint64_t(n)) >> shift);
+  }
 };
 
 // Sum of v over each group of `lanes` consecutive threads (a power of two), in the group's first thread; always in the
-// same order. All threads of the block call it, with the same `lanes`. In double: a long event loses nothing, and at one
-// addition a thread and step it hides behind memory.
+// same order. All threads of the block call it, with the same `lanes`. In double: a long event loses nothing, and at
+// one addition a thread and step it hides behind memory.
 __device__ __forceinline__ double sum_lanes(double v, int lanes) {
   __shared__ double sums[threads / warp];
   const int width = lanes < warp ? lanes : warp;
@@ -76,4 +79,4 @@ __device__ __forceinline__ double sum_lanes(double v, int lanes) {
   return v;
 }
 
-} // namespace pyflowgen::cuda
+}  // namespace pyflowgen::cuda

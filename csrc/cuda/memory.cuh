@@ -45,16 +45,20 @@ __device__ __forceinline__ void narrow(float v, bf16& to) {
 __device__ __forceinline__ void narrow(float v, f16& to) {
   const uint32_t sign = bits_of(v) & 0x80000000u, b = bits_of(v) ^ sign;
   uint32_t h;
-  if (b >= 0x47800000u) h = b > 0x7f800000u ? 0x7e00u : 0x7c00u;                       // 2^16 and above, inf, NaN
-  else if (b < 0x38800000u) h = bits_of(float_of(b) + 0.5f) - 0x3f000000u;            // below 2^-14: the addition rounds
-  else h = (b - 0x38000000u + 0xfffu + (b >> 13 & 1)) >> 13;                          // a carry into the exponent is right
+  if (b >= 0x47800000u) h = b > 0x7f800000u ? 0x7e00u : 0x7c00u;            // 2^16 and above, inf, NaN
+  else if (b < 0x38800000u) h = bits_of(float_of(b) + 0.5f) - 0x3f000000u;  // below 2^-14: the addition rounds
+  else h = (b - 0x38000000u + 0xfffu + (b >> 13 & 1)) >> 13;                // a carry into the exponent is right
   to.bits = uint16_t(h | sign >> 16);
 }
 
 template <class T, int W> struct alignas(sizeof(T) * W) Vector { T at[W]; };
 
 // W elements side by side; p on a boundary of the whole vector.
-template <int W, class T> __device__ __forceinline__ Vector<T, W> load(const T* p) { return *reinterpret_cast<const Vector<T, W>*>(p); }
-template <int W, class T> __device__ __forceinline__ void store(T* p, const Vector<T, W>& v) { *reinterpret_cast<Vector<T, W>*>(p) = v; }
+template <int W, class T> __device__ __forceinline__ Vector<T, W> load(const T* p) {
+  return *reinterpret_cast<const Vector<T, W>*>(p);
+}
+template <int W, class T> __device__ __forceinline__ void store(T* p, const Vector<T, W>& v) {
+  *reinterpret_cast<Vector<T, W>*>(p) = v;
+}
 
-} // namespace pyflowgen::cuda
+}  // namespace pyflowgen::cuda

@@ -36,4 +36,4 @@ class OnDevice {
   void* stream_ = nullptr;
 };
 
-} // namespace pyflowgen::cuda
+}  // namespace pyflowgen::cuda

@@ -200,7 +200,7 @@ def affine_coupling(
     if not _native.use_kernel("affine_coupling", x):
         return _reference(*args)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad or (s is not None and s.requires_grad)):
-        y, logdet = _AffineCoupling.apply(*args)  # type: ignore[no-untyped-call]
+        y, logdet = _AffineCoupling.apply(*args[:4], args[4:])  # type: ignore[no-untyped-call]
         return y, logdet
     y, logdet = torch.ops.pyflowgen.affine_coupling(*args)
     return y, logdet
@@ -322,7 +322,7 @@ def _arguments(
 
 class _AffineCoupling(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, params, log_scale, mask, options):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, params, log_scale, mask)
         ctx.options = options
         ctx.set_materialize_grads(False)
@@ -331,17 +331,16 @@ class _AffineCoupling(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def]
         x, params, log_scale, mask = ctx.saved_tensors
-        blanks = (None,) * (1 + len(ctx.options))
         layout, start, step, scale, _, _, inverse, event_dim = ctx.options
         if scale == 0 and mask is None:  # y = x ± shift: the gradient is dy itself, and its own derivative
             if dy is None:
-                return None, None, None, *blanks
+                return None, None, None, None, None
             dim = dy.dim() - event_dim
             dshift = -dy if inverse else dy
             if params.shape != dy.shape:
                 end = start + (params.shape[dim] - 1) * step + 1
                 dshift = dshift[(slice(None),) * dim + (slice(start, end, step),)]
-            return dy, dshift, None, *blanks
+            return dy, dshift, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             inputs = [t for t, need in zip((x, params, log_scale), ctx.needs_input_grad[:3], strict=True) if need]
             outputs = _reference(x, params, log_scale, mask, *ctx.options)
@@ -358,7 +357,7 @@ class _AffineCoupling(torch.autograd.Function):
             dx, dparams, dlog_scale = torch.ops.pyflowgen.affine_coupling_backward(
                 dy, dlogdet, x, params, log_scale, mask, *ctx.options
             )
-        return dx, dparams, dlog_scale if log_scale is not None else None, *blanks
+        return dx, dparams, dlog_scale if log_scale is not None else None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------ layers

@@ -31,7 +31,8 @@ template <class T> struct Tensor3 {
   T* p;
   Strides s;
   int64_t channels, inner;
-  Tensor3(const Case& c, int64_t channels, bool channels_last, int64_t gap, std::mt19937* random) : channels(channels), inner(c.inner) {
+  Tensor3(const Case& c, int64_t channels, bool channels_last, int64_t gap, std::mt19937* random)
+      : channels(channels), inner(c.inner) {
     const int64_t row = channels * c.inner * gap;
     s = channels_last ? Strides{row, gap, channels * gap} : Strides{row, c.inner * gap, gap};
     data.resize(size_t(c.offset + c.batch * row));
@@ -44,7 +45,10 @@ template <class T> struct Tensor3 {
 };
 
 template <class T> bool close(const char* name, const char* what, double got, double want) {
-  const double eps = std::is_same_v<T, double> ? 1e-12 : std::is_same_v<T, float> ? 2e-5 : std::is_same_v<T, bf16> ? 2e-2 : 3e-3;
+  const double eps = std::is_same_v<T, double>  ? 1e-12
+                     : std::is_same_v<T, float> ? 2e-5
+                     : std::is_same_v<T, bf16>  ? 2e-2
+                                                : 3e-3;
   if (std::abs(got - want) <= eps * (1 + std::abs(want))) return true;
   if (++failures < 20) printf("%s: %s is %g, expected %g\n", name, what, got, want);
   return false;
@@ -66,16 +70,19 @@ template <AffineScale S, class T, class A> void check(const Case& c) {
   const Strides ms{0, c.inner, 1};
   std::vector<A> logdet(size_t(c.batch), A(NAN)), dlogdet(size_t(c.batch), A(0.5));
 
-  AffineCouplingOptions o{c.batch, c.channels, c.inner, c.start, c.step, c.count, c.scale, 2.0, c.shift_first, c.inverse, c.elementwise};
+  AffineCouplingOptions o{c.batch, c.channels, c.inner,       c.start,   c.step,       c.count,
+                          c.scale, 2.0,        c.shift_first, c.inverse, c.elementwise};
   const bool affine = S != AffineScale::additive;
   std::vector<double> partial(size_t(c.batch * cuda::affine_coupling_segments(o)), NAN);
-  cuda::affine_coupling(AffineCouplingForward<T, A>{o, x.p, x.s, shift.p, shift.s, affine ? log_scale : nullptr, affine ? ls : Strides{},
-                                                    c.masked ? mask.data() : nullptr, ms, y.p, y.s, logdet.data()},
-                        partial.data(), nullptr);
+  cuda::affine_coupling(
+      AffineCouplingForward<T, A>{o, x.p, x.s, shift.p, shift.s, affine ? log_scale : nullptr, affine ? ls : Strides{},
+                                  c.masked ? mask.data() : nullptr, ms, y.p, y.s, logdet.data()},
+      partial.data(), nullptr);
   cuda::affine_coupling_backward(
-      AffineCouplingBackward<T, A>{o, c.absent ? nullptr : dy.p, c.absent ? Strides{} : dy.s, c.absent ? nullptr : dlogdet.data(), 1, x.p, x.s, shift.p,
-                                   shift.s, affine ? log_scale : nullptr, affine ? ls : Strides{}, c.masked ? mask.data() : nullptr, ms, dx.p, dx.s,
-                                   dshift.p, dshift.s, affine ? dlog_scale : nullptr, affine ? ls : Strides{}},
+      AffineCouplingBackward<T, A>{
+          o, c.absent ? nullptr : dy.p, c.absent ? Strides{} : dy.s, c.absent ? nullptr : dlogdet.data(), 1, x.p, x.s,
+          shift.p, shift.s, affine ? log_scale : nullptr, affine ? ls : Strides{}, c.masked ? mask.data() : nullptr, ms,
+          dx.p, dx.s, dshift.p, dshift.s, affine ? dlog_scale : nullptr, affine ? ls : Strides{}},
       nullptr);
 
   const auto wide = [](T v) { return double(cuda::widen(v)); };
@@ -84,7 +91,8 @@ template <AffineScale S, class T, class A> void check(const Case& c) {
     for (int64_t ch = 0; ch < c.channels; ++ch)
       for (int64_t i = 0; i < c.inner; ++i) {
         const int64_t k = (ch - c.start) / c.step;
-        const bool part = ch >= c.start && (ch - c.start) % c.step == 0 && k < c.count, on = part && (!c.masked || mask[size_t(ch * c.inner + i)]);
+        const bool part = ch >= c.start && (ch - c.start) % c.step == 0 && k < c.count,
+                   on = part && (!c.masked || mask[size_t(ch * c.inner + i)]);
         const double vx = wide(x.at(b, ch, i)), vdy = c.absent ? 0 : wide(dy.at(b, ch, i));
         formula::Coupled<double> f{vx, 0};
         formula::CoupledGradient<double> g{vdy, 0, 0};
@@ -115,7 +123,8 @@ template <class T, class A> void check(const Case& c) {
 using enum AffineScale;
 // The first three take the barrier, the 128-bit path and the partial sums: enough for a planted bug.
 const Case cases[] = {
-    // name            batch channels inner start step count scale inverse shift_first elementwise masked last interleaved offset absent
+    // name            batch channels inner start step count scale inverse shift_first elementwise masked last
+    // interleaved offset absent
     {"one row a block", 3, 640, 2, 0, 1, 640, exp, false, false, false, false, false, false, 0, false},
     {"segments", 2, 12, 1024, 0, 1, 12, exp, true, false, false, false, false, false, 0, false},
     {"many rows", 70, 8, 1, 4, 1, 4, exp, false, false, false, false, false, false, 0, false},

@@ -1,7 +1,5 @@
 // The fibers behind cuda_runtime.h. Compiled without ThreadSanitizer's instrumentation, which is not to see the
 // scheduler's own accesses; -DCUDA_ON_CPU_TSAN or _ASAN make it announce its switches instead.
-#include "cuda_runtime.h"
-
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -10,6 +8,8 @@
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include "cuda_runtime.h"
 
 extern "C" {
 void __sanitizer_start_switch_fiber(void** fake_stack_save, const void* bottom, size_t size);
@@ -40,9 +40,7 @@ struct Stacks {
   }
 } stacks;
 
-struct Indices {
-  dim3 thread, block, block_size, grid_size;
-};
+struct Indices { dim3 thread, block, block_size, grid_size; };
 
 struct Fiber {
   enum { ready, at_barrier, at_warp, done } state = ready;
@@ -71,8 +69,8 @@ struct Block {
 };
 thread_local Block* block;
 
-// TSan's fibers of this launch. It forgets what a destroyed one did once it gives its number away again, so they are kept
-// to the launch's end; it can number 8,000.
+// TSan's fibers of this launch. It forgets what a destroyed one did once it gives its number away again, so they are
+// kept to the launch's end; it can number 8,000.
 std::vector<void*> ended;
 void destroy_ended() {
 #if defined(CUDA_ON_CPU_TSAN)
@@ -94,8 +92,8 @@ char* new_ordering(size_t count) {
 
 [[noreturn]] void fail(const char* what) {
   const Indices& i = block->current ? block->current->indices : block->fibers[0].indices;
-  fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u), thread (%u, %u, %u): %s\n", i.block.x, i.block.y, i.block.z, i.thread.x, i.thread.y, i.thread.z,
-          what);
+  fprintf(stderr, "cuda_on_cpu: block (%u, %u, %u), thread (%u, %u, %u): %s\n", i.block.x, i.block.y, i.block.z,
+          i.thread.x, i.thread.y, i.thread.z, what);
   abort();
 }
 
@@ -114,7 +112,8 @@ void release([[maybe_unused]] void* p) {
 void yield(Fiber& self) {
   [[maybe_unused]] const bool last = self.state == Fiber::done;
 #if defined(CUDA_ON_CPU_ASAN)
-  __sanitizer_start_switch_fiber(last ? nullptr : &self.fake_stack, block->scheduler_stack, block->scheduler_stack_bytes);
+  __sanitizer_start_switch_fiber(last ? nullptr : &self.fake_stack, block->scheduler_stack,
+                                 block->scheduler_stack_bytes);
 #elif defined(CUDA_ON_CPU_TSAN)
   __tsan_switch_to_fiber(block->scheduler_tsan, 1);  // 1: the switch orders nothing
 #endif
@@ -160,7 +159,8 @@ void resume(Fiber& f, [[maybe_unused]] size_t i) {
   block->current = nullptr;
 }
 
-void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std::function<void()>& kernel, char* launch_end) {
+void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std::function<void()>& kernel,
+               char* launch_end) {
   auto owned = std::make_unique<Block>();
   block = owned.get();
   const size_t n = size_t(size.x) * size.y * size.z;
@@ -174,7 +174,8 @@ void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std:
 #endif
   for (size_t i = 0; i < n; ++i) {
     Fiber& f = block->fibers[i];
-    f.indices = {dim3(unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)), index, size, grid};
+    f.indices = {dim3(unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)), index, size,
+                 grid};
     getcontext(&f.context);
     f.context.uc_stack.ss_sp = stacks[i], f.context.uc_stack.ss_size = stack_bytes, f.context.uc_link = nullptr;
     makecontext(&f.context, entry, 0);
@@ -248,7 +249,8 @@ Exchanged exchange(unsigned mask, uint64_t value, int source) {
   unsigned ballot = 0;
   for (unsigned i = 0; i < 32; ++i) {
     if (!(mask >> i & 1)) continue;
-    if (first + i >= block->fibers.size() || block->fibers[first + i].state == Fiber::done) fail("waits for a lane that has ended");
+    if (first + i >= block->fibers.size() || block->fibers[first + i].state == Fiber::done)
+      fail("waits for a lane that has ended");
     const Fiber& f = block->fibers[first + i];
     complete &= f.state == Fiber::at_warp && f.mask == mask;
     ballot |= unsigned(f.value & 1) << i;

@@ -110,14 +110,24 @@ template <class T> T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 
   const int lane = cuda_on_cpu::lane(), source = lane ^ lanes;
   return cuda_on_cpu::shuffle(mask, v, source / width <= lane / width ? source : lane);
 }
-inline unsigned __ballot_sync(unsigned mask, int p) { return cuda_on_cpu::exchange(mask, p != 0, cuda_on_cpu::lane()).ballot; }
+inline unsigned __ballot_sync(unsigned mask, int p) {
+  return cuda_on_cpu::exchange(mask, p != 0, cuda_on_cpu::lane()).ballot;
+}
 inline int __any_sync(unsigned mask, int p) { return __ballot_sync(mask, p) != 0; }
 inline int __all_sync(unsigned mask, int p) { return __ballot_sync(mask, p) == mask; }
 
-template <class T> T atomicAdd(T* p, T v) { return cuda_on_cpu::atomic_update(p, [&](T old) { return T(old + v); }); }
-template <class T> T atomicMax(T* p, T v) { return cuda_on_cpu::atomic_update(p, [&](T old) { return old < v ? v : old; }); }
-template <class T> T atomicMin(T* p, T v) { return cuda_on_cpu::atomic_update(p, [&](T old) { return v < old ? v : old; }); }
-template <class T> T atomicExch(T* p, T v) { return cuda_on_cpu::atomic_update(p, [&](T) { return v; }); }
+template <class T> T atomicAdd(T* p, T v) {
+  return cuda_on_cpu::atomic_update(p, [&](T old) { return T(old + v); });
+}
+template <class T> T atomicMax(T* p, T v) {
+  return cuda_on_cpu::atomic_update(p, [&](T old) { return old < v ? v : old; });
+}
+template <class T> T atomicMin(T* p, T v) {
+  return cuda_on_cpu::atomic_update(p, [&](T old) { return v < old ? v : old; });
+}
+template <class T> T atomicExch(T* p, T v) {
+  return cuda_on_cpu::atomic_update(p, [&](T) { return v; });
+}
 template <class T> T atomicCAS(T* p, T expected, T v) {
   return cuda_on_cpu::atomic_update(p, [&](T old) { return old == expected ? v : old; });
 }

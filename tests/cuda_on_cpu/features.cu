@@ -61,7 +61,8 @@ int main() {
   Results r{};
   PYFLOWGEN_LAUNCH(&features, 3, dim3(16, 4), 64 * sizeof(int), nullptr, &r);
   for (int i = 0; i < 64; ++i) {
-    const int lane = i % 32, warp_sum = i < 32 ? 496 : 1520, up = lane % 8 ? lane - 1 : lane, down = lane % 16 < 14 ? lane + 2 : lane;
+    const int lane = i % 32, warp_sum = i < 32 ? 496 : 1520, up = lane % 8 ? lane - 1 : lane,
+              down = lane % 16 < 14 ? lane + 2 : lane;
     expect("shuffled", i, r.shuffled[i], warp_sum + 1000 * up + 100000 * down + 10000000 * (lane / 4 * 4 + 3));
     expect("ballots", i, r.ballots[i], 0x49249249);
     expect("any", i, r.any[i], i < 16);
@@ -76,8 +77,10 @@ int main() {
   expect("exchanged", 0, r.exchanged, 7);
 
   const int64_t top = INT64_MAX;
-  for (int64_t d : {int64_t(1), int64_t(2), int64_t(3), int64_t(7), int64_t(49), int64_t(1) << 31, (int64_t(1) << 31) + 1, int64_t(1) << 62, top})
-    for (int64_t n : {int64_t(0), int64_t(1), d - 1, d, d < top / 2 ? 2 * d - 1 : d, (int64_t(1) << 32) + 5, top - 1, top}) {
+  for (int64_t d : {int64_t(1), int64_t(2), int64_t(3), int64_t(7), int64_t(49), int64_t(1) << 31,
+                    (int64_t(1) << 31) + 1, int64_t(1) << 62, top})
+    for (int64_t n :
+         {int64_t(0), int64_t(1), d - 1, d, d < top / 2 ? 2 * d - 1 : d, (int64_t(1) << 32) + 5, top - 1, top}) {
       int64_t q = -1;
       PYFLOWGEN_LAUNCH(&divide, 1, 1, 0, nullptr, pyflowgen::cuda::Divider(d), n, &q);
       expect("quotient", int(d % 1000), q, n / d);
@@ -98,14 +101,16 @@ int main() {
       if (v[size_t(i)] == v[size_t(i)]) expect("float16", i, half[size_t(i)].bits, bits);
       else expect("float16 NaN", i, half[size_t(i)].bits & 0x7fff, 0x7e00);
       // The nearest of the two bfloat16 around v, the even one on a tie.
-      const uint32_t b = uint32_t(i) << 16 | low, down = b >> 16, up = down + (low > 0x8000 || (low == 0x8000 && down % 2));
+      const uint32_t b = uint32_t(i) << 16 | low, down = b >> 16,
+                     up = down + (low > 0x8000 || (low == 0x8000 && down % 2));
       if (v[size_t(i)] == v[size_t(i)]) expect("bfloat16", i, brain[size_t(i)].bits, up);
       else expect("bfloat16 NaN", i, brain[size_t(i)].bits, 0x7fc0);
       _Float16 g;
       const uint16_t pattern = uint16_t(i);
       memcpy(&g, &pattern, 2);
       const float want = float(g);
-      if (want == want) expect("from float16", i, pyflowgen::cuda::bits_of(back[size_t(i)]), pyflowgen::cuda::bits_of(want));
+      if (want == want)
+        expect("from float16", i, pyflowgen::cuda::bits_of(back[size_t(i)]), pyflowgen::cuda::bits_of(want));
       else expect("from float16 NaN", i, back[size_t(i)] != back[size_t(i)], 1);
     }
   }

@@ -3,12 +3,12 @@
 
 namespace pyflowgen::PYFLOWGEN_ISA {
 
-#define PROBE(function, T, suffix)                                                                                   \
+#define PROBE(function, T, suffix) \
   extern "C" __attribute__((visibility("default"))) void function##_##suffix##_scalar(const T* x, T* y, int64_t n) { \
-    for (int64_t i = 0; i < n; ++i) y[i] = formula::function(x[i]);                                                  \
-  }                                                                                                                  \
-  extern "C" __attribute__((visibility("default"))) void function##_##suffix##_pack(const T* x, T* y, int64_t n) {   \
-    for (int64_t i = 0; i < n; i += lanes<T>) store(y + i, formula::function(load(x + i)));                          \
+    for (int64_t i = 0; i < n; ++i) y[i] = formula::function(x[i]); \
+  } \
+  extern "C" __attribute__((visibility("default"))) void function##_##suffix##_pack(const T* x, T* y, int64_t n) { \
+    for (int64_t i = 0; i < n; i += lanes<T>) store(y + i, formula::function(load(x + i))); \
   }
 #define PROBES(function) PROBE(function, float, float32) PROBE(function, double, float64)
 

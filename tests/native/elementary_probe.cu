@@ -3,8 +3,7 @@
 
 namespace pyflowgen::PYFLOWGEN_ISA {
 
-template <class T>
-__global__ void elementary(const T* x, T* y, int n) {
+template <class T> __global__ void elementary(const T* x, T* y, int n) {
   int i = int(blockIdx.x * blockDim.x + threadIdx.x);
   if (i >= n) return;
   T v = x[i], *row = y + 9 * i;
