@@ -6,7 +6,6 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 # What development was tested with; the package itself asks for torch >= 2.10.
 TORCH := torch==2.13.0
 export MAX_JOBS ?= $(JOBS)
-export OMP_WAIT_POLICY ?= passive
 
 INSTALLED := $(VENV)/installed
 BUILD_INPUTS := $(wildcard csrc/*.* csrc/*/*.*) CMakeLists.txt setup.py pyproject.toml
