@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import warnings
@@ -150,7 +151,7 @@ def build_info() -> dict[str, Any]:
         info.update(_C.build_info())
     except ImportError:
         info["compiler"] = None
-    info["triton"] = importlib.import_module("triton").__version__ if _triton else None
+    info["triton"] = importlib.metadata.version("triton") if _triton else None
     if _missing:
         info["library_missing"] = _missing
     else:

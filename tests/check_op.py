@@ -7,7 +7,6 @@ the tested dtype, and one rounding of the result: no tolerance is picked by hand
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import subprocess
 import sys
@@ -258,11 +257,6 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
         got = torch.func.jvp(lambda x: outputs(op.function(x, *rest, **sample.options))[0], (first,), (tangent,))
         want = torch.func.jvp(lambda x: outputs(op.reference(x, *rest, **sample.options))[0], (first,), (tangent,))
         torch.testing.assert_close(got, want)
-
-    def test_deepcopy_of_a_graph_free_result(device: torch.device) -> None:
-        sample = op.resize(3).to(torch.float32, device)
-        result = outputs(op.function(*sample.tensors, **sample.options))
-        assert all(torch.equal(a, b) for a, b in zip(copy.deepcopy(result), result, strict=True))
 
     @pytest.mark.parametrize("what", [b[0] for b in op.bad])
     def test_bad_input(what: str) -> None:

@@ -519,19 +519,14 @@ class AdditiveCoupling(_Coupling):
 
 
 # -------------------------------------------------------------------------------------------------------- fake
-def _dense(x: Tensor) -> Tensor:
-    """Strides for an output shaped like x: x's own order when x is dense, contiguous otherwise."""
-    return torch.empty_like(x)
-
-
 def _fake(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim):  # type: ignore[no-untyped-def]
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
-    return _dense(x), x.new_empty(x.shape[: x.dim() - event_dim], dtype=dtype)
+    return torch.empty_like(x), x.new_empty(x.shape[: x.dim() - event_dim], dtype=dtype)
 
 
 def _fake_backward(dy, dlogdet, x, params, log_scale, mask, *options):  # type: ignore[no-untyped-def]
     empty = x.new_empty(0)
-    return _dense(x), _dense(params), empty if log_scale is None else _dense(log_scale)
+    return torch.empty_like(x), torch.empty_like(params), empty if log_scale is None else torch.empty_like(log_scale)
 
 
 _native.register("affine_coupling", _fake)
