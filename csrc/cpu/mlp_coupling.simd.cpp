@@ -1,0 +1,336 @@
+// mlp_coupling on the CPU: the products of gemm.h, block after block, and the transform's own kernel on each block.
+//
+// Floor: 2 n operations forward and 4 n backward for n = rows * sum of in * out multiply-adds, at the rate of the
+// register tile; the rest (packing the weights once a thread, the transform, gradients' sums) is a few percent of that
+// from 2^15 weights and some hundred rows on.
+#include "mlp_coupling.h"
+
+#include "cpu/activation.h"
+#include "cpu/gemm.h"
+
+namespace pyflowgen::PYFLOWGEN_ISA {
+namespace {
+
+template <class T> constexpr int64_t padded(int64_t columns) { return gemm_panels<T>(columns) * tile_columns<T>; }
+
+// Rows of a block of the backward pass: its gradients and the weights' sums are to fit the second-level cache together.
+constexpr int64_t group_rows = 256;
+template <class T> int64_t backward_rows(const MlpCoupling<T>& o) {
+  int64_t widest = 0;
+  for (int64_t i = 0; i <= o.layers; ++i) widest = std::max(widest, o.size[i]);
+  int64_t rows = group_rows;
+  while (rows > 64 && rows * widest * int64_t(sizeof(T)) > 192 << 10) rows /= 2;
+  return rows;
+}
+
+template <class T> int64_t panels_size(const MlpCoupling<T>& o, bool transposed) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < o.layers; ++i)
+    size += transposed ? padded<T>(o.size[i]) * o.size[i + 1] : padded<T>(o.size[i + 1]) * o.size[i];
+  return size;
+}
+
+// Every weight in panels, for the products with W^T (forward) or W.
+template <class T> void pack_weights(const MlpCoupling<T>& o, bool transposed, T* panels, const T** packed) {
+  constexpr int64_t width = tile_columns<T>;
+  for (int64_t i = 0; i < o.layers; ++i) {
+    const int64_t in = o.size[i], out = o.size[i + 1], columns = transposed ? in : out, depth = transposed ? out : in;
+    packed[i] = panels;
+    for (int64_t n = 0; n < columns; n += width, panels += depth * width)
+      gemm_pack<T>(int(std::min(width, columns - n)), depth, o.weight[i] + (transposed ? n : n * in),
+                   transposed ? in : 1, transposed ? 1 : in, panels);
+  }
+}
+
+// C[rows][columns] = A B through the epilogue, all tasks at once.
+template <class T, class Epilogue> void product(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row,
+                                                const T* packed, const Epilogue& epilogue) {
+  const GemmPlan plan = gemm_plan<T>(rows, columns, depth, 1);
+  gemm<T>(plan, a, a_row, 1, PackedPanels<T>{packed, depth}, 0, plan.tasks(), epilogue);
+}
+
+// activated[rows][stride] = phi(C + bias), and kept the argument of phi where that is what the backward pass wants.
+template <Activation kind, class T> struct StoreHidden {
+  const T* bias;
+  T* activated;
+  T* kept;  // or null
+  int64_t stride;
+  PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
+    if (bias) v += load_first<T>(bias + n, count);
+    if (kept) store_first<T>(kept + m * stride + n, v, count);
+    store_first<T>(activated + m * stride + n, activate<kind>(v), count);
+  }
+};
+
+template <class T> struct StoreRows {
+  T* out;
+  int64_t stride;
+  const T* bias;
+  PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
+    if (bias) v += load_first<T>(bias + n, count);
+    store_first<T>(out + m * stride + n, v, count);
+  }
+  PYFLOWGEN_INLINE Target<T> target(int64_t m, int64_t n) const {
+    return {out + m * stride + n, stride, bias ? bias + n : nullptr};
+  }
+};
+
+// dz[rows][stride] = C * phi'(kept)
+template <Activation kind, class T> struct StoreHiddenGradient {
+  const T* kept;
+  T* dz;
+  int64_t stride;
+  PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
+    store_first<T>(dz + m * stride + n, activate_backward<kind>(v, load_first<T>(kept + m * stride + n, count)), count);
+  }
+};
+
+// The conditioner's input for rows first .. first + rows - 1, [rows][size[0]].
+template <class T> void gather(const MlpCoupling<T>& o, int64_t first, int64_t rows, T* input) {
+  for (int64_t r = 0; r < rows; ++r, input += o.size[0]) {
+    const T* x = o.x + (first + r) * o.x_stride + o.same_start;
+    if (o.mask)
+      for (int64_t k = 0; k < o.same_count; ++k) input[k] = o.mask[k] ? T(0) : x[k];
+    else if (o.same_step == 1) std::copy_n(x, o.same_count, input);
+    else
+      for (int64_t k = 0; k < o.same_count; ++k) input[k] = x[k * o.same_step];
+    if (o.context_size)
+      std::copy_n(o.context + (first + r) * o.context_stride, o.context_size, input + o.same_count);
+  }
+}
+
+template <class T> Strides parameter_strides(const MlpCoupling<T>& o) {
+  return {o.size[o.layers], o.parameter_stride, 0};
+}
+
+template <class T> AffineCouplingOptions block_options(const MlpCoupling<T>& o, int64_t rows) {
+  AffineCouplingOptions options = o.o;
+  options.batch = rows;
+  return options;
+}
+
+template <class T> void transform(const MlpCoupling<T>& o, int64_t first, int64_t rows, const T* parameters) {
+  const Strides by_parameter = parameter_strides(o);
+  affine_coupling<T, T>({block_options(o, rows), o.x + first * o.x_stride, {o.x_stride, 1, 0}, parameters, by_parameter,
+                         o.log_scale_offset ? parameters + o.log_scale_offset : nullptr, by_parameter, o.mask,
+                         {0, 1, 0}, o.y + first * o.channels, {o.channels, 1, 0}, o.logdet + first},
+                        0, rows, nullptr);
+}
+
+template <class T> void transform_backward(const MlpCouplingBackward<T>& b, int64_t first, int64_t rows,
+                                           const T* parameters, T* dparameters) {
+  const MlpCoupling<T>& o = b.forward;
+  const Strides by_parameter = parameter_strides(o);
+  const int64_t offset = o.log_scale_offset;
+  affine_coupling_backward<T, T>(
+      {block_options(o, rows), b.dy + first * b.dy_strides.batch, b.dy_strides, b.dlogdet + first * b.dlogdet_stride,
+       b.dlogdet_stride, o.x + first * o.x_stride, {o.x_stride, 1, 0}, parameters, by_parameter,
+       offset ? parameters + offset : nullptr, by_parameter, o.mask, {0, 1, 0}, b.dx + first * o.channels,
+       {o.channels, 1, 0}, dparameters, by_parameter, offset ? dparameters + offset : nullptr, by_parameter},
+      0, rows, false);
+}
+
+// Whether phi' is taken at phi's argument.
+PYFLOWGEN_INLINE bool keeps_argument(Activation activation) { return activation == Activation::silu; }
+
+// The gradient of a weight, or its transpose when that pads fewer columns.
+template <class T> PYFLOWGEN_INLINE bool sums_transposed(int64_t in, int64_t out) {
+  return out * gemm_panels<T>(in) > in * gemm_panels<T>(out);
+}
+template <class T> int64_t weight_sums(int64_t in, int64_t out) {
+  return sums_transposed<T>(in, out) ? in * padded<T>(out) : out * padded<T>(in);
+}
+
+// sums[height][padded(columns)] (+)= a[rows][a_stride]^T b[rows][b_stride]
+template <class T> void add_outer(bool add, int64_t rows, int64_t height, int64_t columns, const T* a, int64_t a_stride,
+                                  const T* b, int64_t b_stride, T* sums, T* buffer) {
+  constexpr int64_t width = tile_columns<T>;
+  const int64_t stride = padded<T>(columns), steps = ceil_div(height, tile_rows<T>);
+  for (int64_t n = 0; n < columns; n += width) {
+    const int used = int(std::min(width, columns - n));
+    gemm_pack<T>(used, rows, b + n, b_stride, 1, buffer);
+    for (int64_t t = 0; t < steps; ++t) {
+      const int64_t m = part_start(height, steps, t), count = part_start(height, steps, t + 1) - m;
+      T* tile = sums + m * stride + n;
+      gemm_tile<T>(int(count), used, rows, a + m, 1, a_stride, buffer, add ? tile : nullptr, stride, tile, stride);
+    }
+  }
+}
+
+// sums[columns] (+)= the sum of rows, sixteen at a time: the error of a long sum stays that of a short one.
+template <class T> void add_rows(bool add, int64_t rows, int64_t columns, const T* dz, T* sums) {
+  for (int64_t n = 0; n < columns; n += lanes<T>) {
+    const int count = int(std::min<int64_t>(lanes<T>, columns - n));
+    Pack<T> total = add ? load_first<T>(sums + n, count) : Pack<T>{};
+    for (int64_t r = 0; r < rows;) {
+      Pack<T> part{};
+      for (const int64_t stop = std::min(rows, r + 16); r < stop; ++r) part += load_first<T>(dz + r * columns + n, count);
+      total += part;
+    }
+    store_first<T>(sums + n, total, count);
+  }
+}
+
+// dx += and dcontext = the gradient of the conditioner's input.
+template <class T> void scatter(const MlpCouplingBackward<T>& b, int64_t first, int64_t rows, const T* dinput) {
+  const MlpCoupling<T>& o = b.forward;
+  for (int64_t r = 0; r < rows; ++r, dinput += o.size[0]) {
+    T* dx = b.dx + (first + r) * o.channels + o.same_start;
+    if (o.mask)
+      for (int64_t k = 0; k < o.same_count; ++k) dx[k] += o.mask[k] ? T(0) : dinput[k];
+    else if (o.same_step == 1)
+      for (int64_t k = 0; k < o.same_count; ++k) dx[k] += dinput[k];
+    else
+      for (int64_t k = 0; k < o.same_count; ++k) dx[k * o.same_step] += dinput[k];
+    if (b.dcontext) std::copy_n(dinput + o.same_count, o.context_size, b.dcontext + (first + r) * o.context_size);
+  }
+}
+
+template <class T> int64_t widest(const MlpCoupling<T>& o) { return *std::max_element(o.size, o.size + o.layers + 1); }
+
+}  // namespace
+
+template <class T> int64_t mlp_coupling_workspace(const MlpCoupling<T>& o) {
+  return panels_size(o, false) + 3 * mlp_block_rows * widest(o);
+}
+
+template <class T> void mlp_coupling(const MlpCoupling<T>& o, int64_t begin, int64_t end, T* workspace) {
+  const T* packed[mlp_max_layers];
+  pack_weights(o, false, workspace, packed);
+  T* const input = workspace + panels_size(o, false);
+  T* const scratch[] = {input + mlp_block_rows * widest(o), input + 2 * mlp_block_rows * widest(o)};
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * mlp_block_rows, rows = std::min(mlp_block_rows, o.rows - first);
+    gather(o, first, rows, input);
+    const T* a = input;
+    T* saved = o.saved;
+    for (int64_t i = 0; i < o.layers; ++i) {
+      const int64_t in = o.size[i], out = o.size[i + 1];
+      T* const kept = saved ? saved + first * out : nullptr;
+      if (saved) saved += o.rows * out;
+      const bool argument = keeps_argument(o.activation) && i + 1 < o.layers;
+      T* const result = kept && !argument ? kept : scratch[i % 2];
+      if (i + 1 == o.layers) product<T>(rows, out, in, a, in, packed[i], StoreRows<T>{result, out, o.bias[i]});
+      else
+        for_kind(o.activation, [&]<Activation kind>() {
+          product<T>(rows, out, in, a, in, packed[i],
+                     StoreHidden<kind, T>{o.bias[i], result, argument ? kept : nullptr, out});
+        });
+      a = result;
+    }
+    transform(o, first, rows, a);
+  }
+}
+
+template <class T> int64_t mlp_coupling_sums(const MlpCoupling<T>& o) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < o.layers; ++i)
+    size += weight_sums<T>(o.size[i], o.size[i + 1]) + (o.size[i + 1] + lanes<T> - 1) / lanes<T> * lanes<T>;
+  return size;
+}
+
+template <class T> int64_t mlp_coupling_backward_workspace(const MlpCoupling<T>& o) {
+  return panels_size(o, true) + group_rows * tile_columns<T> + 3 * backward_rows(o) * widest(o);
+}
+
+template <class T>
+void mlp_coupling_backward(const MlpCouplingBackward<T>& b, int64_t begin, int64_t end, T* workspace) {
+  const MlpCoupling<T>& o = b.forward;
+  const T* packed[mlp_max_layers];
+  pack_weights(o, true, workspace, packed);
+  T* const buffer = workspace + panels_size(o, true);
+  T* const input = buffer + group_rows * tile_columns<T>;
+  const int64_t most = backward_rows(o), groups = mlp_coupling_groups(o.rows);
+  T* const scratch[] = {input + most * widest(o), input + 2 * most * widest(o)};
+  const T* saved_of[mlp_max_layers];
+  for (int64_t i = 0, at = 0; i < o.layers; at += o.rows * o.size[++i]) saved_of[i] = o.saved + at;
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t from = part_start(o.rows, groups, group), to = part_start(o.rows, groups, group + 1);
+    const int64_t blocks = ceil_div(to - from, most);
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t first = from + part_start(to - from, blocks, block);
+      const int64_t rows = from + part_start(to - from, blocks, block + 1) - first;
+      T *dz = scratch[0], *next = scratch[1];
+      transform_backward(b, first, rows, saved_of[o.layers - 1] + first * o.size[o.layers], dz);
+      T* sums = b.sums + group * mlp_coupling_sums(o);
+      for (int64_t i = o.layers - 1; i >= 0; --i) {
+        const int64_t in = o.size[i], out = o.size[i + 1];
+        const T* const kept = i ? saved_of[i - 1] + first * in : nullptr;
+        if (b.need_parameters) {
+          const T* a = kept ? kept : input;
+          if (!kept) gather(o, first, rows, input);
+          else if (keeps_argument(o.activation)) {
+            for_kind(o.activation, [&]<Activation kind>() {
+              for (int64_t k = 0; k < rows * in; k += lanes<T>) {
+                const int count = int(std::min<int64_t>(lanes<T>, rows * in - k));
+                store_first<T>(input + k, activate<kind>(load_first<T>(kept + k, count)), count);
+              }
+            });
+            a = input;
+          }
+          if (sums_transposed<T>(in, out)) add_outer<T>(block > 0, rows, in, out, a, in, dz, out, sums, buffer);
+          else add_outer<T>(block > 0, rows, out, in, dz, out, a, in, sums, buffer);
+          sums += weight_sums<T>(in, out);
+          add_rows<T>(block > 0, rows, out, dz, sums);
+          sums += (out + lanes<T> - 1) / lanes<T> * lanes<T>;
+        }
+        if (i) {
+          for_kind(o.activation, [&]<Activation kind>() {
+            product<T>(rows, in, out, dz, out, packed[i], StoreHiddenGradient<kind, T>{kept, next, in});
+          });
+          std::swap(dz, next);
+        } else if (b.need_input) {
+          product<T>(rows, in, out, dz, out, packed[i], StoreRows<T>{next, in, nullptr});
+          scatter(b, first, rows, next);
+        }
+      }
+    }
+  }
+}
+
+// Rows of all weights, the last layer's first as in the sums; a row's bias goes with it.
+template <class T> void mlp_coupling_reduce(const MlpCouplingBackward<T>& b, int64_t begin, int64_t end) {
+  const MlpCoupling<T>& o = b.forward;
+  const int64_t groups = mlp_coupling_groups(o.rows), per_group = mlp_coupling_sums(o);
+  const T* sums = b.sums;
+  for (int64_t i = o.layers - 1, before = 0; i >= 0; before += o.size[i + 1], --i) {
+    const int64_t in = o.size[i], out = o.size[i + 1];
+    const int64_t from = std::clamp<int64_t>(begin - before, 0, out), to = std::clamp<int64_t>(end - before, 0, out);
+    const T* const bias_sums = sums + weight_sums<T>(in, out);
+    for (int64_t row = from; row < to; ++row) {
+      T* dweight = b.dweight[i] + row * in;
+      if (sums_transposed<T>(in, out)) {
+        for (int64_t k = 0; k < in; ++k) {
+          T total{};
+          for (int64_t g = 0; g < groups; ++g) total += sums[g * per_group + k * padded<T>(out) + row];
+          dweight[k] = total;
+        }
+      } else {
+        const T* from_row = sums + row * padded<T>(in);
+        for (int64_t k = 0; k < in; k += lanes<T>) {
+          Pack<T> total = load<T>(from_row + k);
+          for (int64_t g = 1; g < groups; ++g) total += load<T>(from_row + g * per_group + k);
+          store_first<T>(dweight + k, total, int(std::min<int64_t>(lanes<T>, in - k)));
+        }
+      }
+      if (b.dbias[i]) {
+        T total{};
+        for (int64_t g = 0; g < groups; ++g) total += bias_sums[g * per_group + row];
+        b.dbias[i][row] = total;
+      }
+    }
+    sums = bias_sums + (out + lanes<T> - 1) / lanes<T> * lanes<T>;
+  }
+}
+
+#define PYFLOWGEN_INSTANTIATE(T) \
+  template int64_t mlp_coupling_workspace<T>(const MlpCoupling<T>&); \
+  template int64_t mlp_coupling_backward_workspace<T>(const MlpCoupling<T>&); \
+  template int64_t mlp_coupling_sums<T>(const MlpCoupling<T>&); \
+  template void mlp_coupling<T>(const MlpCoupling<T>&, int64_t, int64_t, T*); \
+  template void mlp_coupling_backward<T>(const MlpCouplingBackward<T>&, int64_t, int64_t, T*); \
+  template void mlp_coupling_reduce<T>(const MlpCouplingBackward<T>&, int64_t, int64_t);
+PYFLOWGEN_INSTANTIATE(double)
+PYFLOWGEN_INSTANTIATE(float)
+
+}  // namespace pyflowgen::PYFLOWGEN_ISA
