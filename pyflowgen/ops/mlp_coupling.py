@@ -1,0 +1,320 @@
+"""A whole coupling layer, split, conditioner, transform and merge, in one operator.
+
+In this order: reference, function with its gradient, fake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyflowgen import _native
+from pyflowgen.ops import affine_coupling as affine
+from pyflowgen.ops import linear as product
+from pyflowgen.ops.affine_coupling import Order, Scale
+from pyflowgen.ops.linear import Activation
+
+Part = tuple[int, int]
+# The operator's arguments after the tensors: activation, same, part, scale, clamp, shift_first, inverse, layout.
+_Options = tuple[int, int, int, int, int, int, float, bool, bool, int]
+
+_MOST_LAYERS = 16
+
+
+# ---------------------------------------------------------------------------------------------------- reference
+def mlp_coupling_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None = None,
+    *,
+    activation: Activation = "relu",
+    scale: Scale | None = "exp",
+    clamp: float | None = None,
+    order: Order = "scale_shift",
+    inverse: bool = False,
+    layout: Literal["halves", "interleaved"] = "halves",
+    same: Part = (0, 1),
+    part: Part | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch definition of :func:`mlp_coupling`, with the same arguments."""
+    part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
+    if mask is not None:
+        h = torch.where(mask, 0, x)
+    else:
+        count = weights[0].shape[1] - (0 if context is None else context.shape[-1])
+        h = x[..., same[0] : same[0] + (count - 1) * same[1] + 1 : same[1]]
+    if context is not None:
+        h = torch.cat([h, context.expand(*x.shape[:-1], -1)], -1)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        h = product.linear_reference(h, weight, bias, activation if i + 1 < len(weights) else "none")
+    where = {"mask": mask} if mask is not None else {"part": part}
+    if scale is None:
+        return affine.affine_coupling_reference(x, h, inverse=inverse, **where)  # type: ignore[arg-type]
+    return affine.affine_coupling_reference(
+        x, h, scale=scale, clamp=clamp, order=order, inverse=inverse, layout=layout, **where  # type: ignore[arg-type]
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- function
+def mlp_coupling(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None = None,
+    *,
+    activation: Activation = "relu",
+    scale: Scale | None = "exp",
+    clamp: float | None = None,
+    order: Order = "scale_shift",
+    inverse: bool = False,
+    layout: Literal["halves", "interleaved"] = "halves",
+    same: Part = (0, 1),
+    part: Part | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Affine or additive coupling whose parameters come from a multi-layer perceptron, as one operator.
+
+    .. math:: h_0 = [x_a, c] \qquad h_{i+1} = \phi(W_i h_i + b_i) \qquad (t, s) = W_n h_n + b_n \\
+              y_a = x_a \qquad y_b = x_b\,e^{\ell(s)} + t \qquad \log|\det| = \sum \ell(s)
+
+    Rows go through in blocks that stay in cache from the split to the merge, forward and backward; the backward pass
+    keeps every hidden layer and the parameters, as the layers one by one would. :class:`pyflowgen.AffineCoupling` and
+    :class:`pyflowgen.AdditiveCoupling` call it by themselves when their conditioner is a plain perceptron.
+
+    Args:
+        x: ``(*batch, channels)``.
+        weights: :math:`W_i`, each ``(out, in)`` as in ``torch.nn.Linear``; at most 16.
+        biases: :math:`b_i`, each ``(out,)`` or None.
+        context: c, ``(*batch, features)`` or broadcastable to it, joined to the first layer's input.
+        activation: :math:`\phi`, as in :func:`linear`, after every layer but the last.
+        scale, clamp, order, inverse: as in :func:`affine_coupling`; ``scale=None`` is the additive coupling.
+        layout: how the last layer's output is read, ``"halves"`` or ``"interleaved"``.
+        same: ``(start, step)`` of the channels that condition; how many, the first weight says.
+        part: ``(start, step)`` of those that are transformed; by default those after the conditioning ones.
+        mask: bool ``(channels,)`` instead of both: True is transformed; the conditioner is given all channels, zero
+            where they are transformed, and gives parameters for all.
+
+    Returns:
+        ``(y, logdet)`` as :func:`affine_coupling`. float32 and float64 run here on the CPU; anything else, autocast and
+        the activations that :func:`linear` does not fuse are evaluated layer by layer.
+
+    Raises:
+        ValueError: a shape or option that does not fit, named with what was expected.
+        TypeError: dtypes that differ.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio, *Density estimation using Real NVP*, 2016.
+
+    Example:
+        >>> import torch, pyflowgen
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> x = torch.randn(8, 4)
+        >>> y, logdet = pyflowgen.mlp_coupling(x, [net[0].weight, net[2].weight], [net[0].bias, net[2].bias])
+        >>> plain = pyflowgen.affine_coupling(x, net(x[:, :2]), layout="halves", part=(2, 1))
+        >>> torch.allclose(y, plain[0], atol=1e-6), torch.allclose(logdet, plain[1], atol=1e-6)
+        (True, True)
+    """
+    if not runs(x, activation):
+        return mlp_coupling_reference(
+            x, weights, biases, context, activation=activation, scale=scale, clamp=clamp, order=order, inverse=inverse,
+            layout=layout, same=same, part=part, mask=mask,
+        )  # fmt: skip
+    part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
+    clamp = 0.0 if scale is None else affine._check_options(scale, clamp, order, layout)
+    return run(x, weights, biases, context, mask, (
+        product._FUSED[activation], *same, *part, 0 if scale is None else affine._SCALES.index(scale), clamp,
+        order == "shift_scale", bool(inverse), affine._LAYOUTS.index(layout),
+    ))  # fmt: skip
+
+
+def runs(x: Tensor, activation: str) -> bool:
+    """Whether the operator takes this x and activation, on a processor on which it is the faster way."""
+    return (
+        not product._PLAIN
+        and isinstance(x, Tensor)
+        and (x.dtype is torch.float32 or x.dtype is torch.float64)
+        and activation in product._FUSED
+        and _native.use_kernel("mlp_coupling", x)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None,
+    mask: Tensor | None,
+    options: _Options,
+) -> tuple[Tensor, Tensor]:
+    """The operator, with its gradient where one is asked for; arguments known to fit."""
+    if context is not None and context.shape[:-1] != x.shape[:-1]:
+        context = context.expand(*x.shape[:-1], -1)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or any(w.requires_grad for w in weights)
+        or any(b is not None and b.requires_grad for b in biases)
+        or (context is not None and context.requires_grad)
+    ):
+        return _MlpCoupling.apply(x, context, mask, options, *weights, *biases)  # type: ignore[no-untyped-call]
+    y, logdet, _ = torch.ops.pyflowgen.mlp_coupling.default(
+        x, context, list(weights), _filled(x, biases), mask, *options, False
+    )
+    return y, logdet
+
+
+def _filled(x: Tensor, biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty(0) if b is None else b for b in biases]
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None,
+    activation: str,
+    scale: str | None,
+    clamp: float | None,
+    order: str,
+    layout: str,
+    same: Part,
+    part: Part | None,
+    mask: Tensor | None,
+) -> Part:
+    """Check everything; returns the transformed part."""
+    if activation not in product._ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(product._ACTIVATIONS)}, got {activation!r}")
+    if layout not in ("halves", "interleaved"):
+        raise ValueError(f"layout must be 'halves' or 'interleaved', got {layout!r}")
+    affine._check_options(scale or "exp", clamp, order, layout)
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        raise ValueError(f"x must be a tensor of shape (*batch, channels), got {getattr(x, 'shape', type(x).__name__)}")
+    if not 1 <= len(weights) <= _MOST_LAYERS or len(biases) != len(weights):
+        raise ValueError(
+            f"weights and biases must have one length of 1 to {_MOST_LAYERS}, got {len(weights)} and {len(biases)}"
+        )
+    given = {f"weights[{i}]": w for i, w in enumerate(weights)}
+    given |= {f"biases[{i}]": b for i, b in enumerate(biases) if b is not None}
+    given |= {} if context is None else {"context": context}
+    for name, tensor in given.items():
+        if tensor.device != x.device or (tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, expected x's {x.dtype} on {x.device}")
+    wide = 0
+    if context is not None:
+        try:
+            context.expand(*x.shape[:-1], -1)
+        except RuntimeError:
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}, expected {(*x.shape[:-1], 'features')} or broadcastable"
+            ) from None
+        wide = context.shape[-1]
+    before = weights[0].shape[-1]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if weight.dim() != 2 or weight.shape[1] != before:
+            raise ValueError(f"weights[{i}] has shape {tuple(weight.shape)}, expected (out, {before})")
+        before = weight.shape[0]
+        if bias is not None and bias.shape != (before,):
+            raise ValueError(f"biases[{i}] has shape {tuple(bias.shape)}, expected ({before},)")
+    conditioning, channels = weights[0].shape[1] - wide, x.shape[-1]
+    if scale is not None and before % 2:
+        raise ValueError(f"weights[{len(weights) - 1}] gives {before} parameters, expected an even number")
+    count = before if scale is None else before // 2
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (channels,):
+            raise ValueError(f"mask must be a bool tensor of shape ({channels},)")
+        if conditioning != channels or count != channels:
+            raise ValueError(
+                f"weights take {conditioning} channels and give parameters for {count}, expected {channels} each: with "
+                f"a mask the conditioner is from and for all of x, shape {tuple(x.shape)}"
+            )
+        return 0, 1
+    if part is None:
+        part = same[0] + conditioning * same[1], 1
+    for name, (start, step), size in (("same", same, conditioning), ("part", part, count)):
+        if start < 0 or step < 1 or size < 1 or start + (size - 1) * step >= channels:
+            raise ValueError(
+                f"{name}=({start}, {step}) with {size} channels by the weights does not fit the {channels} channels "
+                f"of x, shape {tuple(x.shape)}"
+            )
+    return part
+
+
+class _MlpCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, context, mask, options, *parameters):  # type: ignore[no-untyped-def]
+        n = len(parameters) // 2
+        y, logdet, saved = torch.ops.pyflowgen.mlp_coupling.default(
+            x, context, list(parameters[:n]), _filled(x, parameters[n:]), mask, *options, True
+        )
+        ctx.save_for_backward(x, context, mask, saved, *parameters)
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return y, logdet
+
+    @staticmethod
+    def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def]
+        x, context, mask, saved, *parameters = ctx.saved_tensors
+        n, needs = len(parameters) // 2, ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+            dx, dcontext, *dparameters = _differentiable(ctx.options, (x, context, mask), parameters, needs, dy, dlogdet)
+            return dx, dcontext, None, None, *dparameters
+        weights, biases = parameters[:n], parameters[n:]
+        dx, dcontext, gradients = torch.ops.pyflowgen.mlp_coupling_backward.default(
+            dy, dlogdet, x, context, weights, _filled(x, biases), mask, saved, *ctx.options, needs[0] or needs[1],
+            any(needs[4:]),
+        )  # fmt: skip
+        dparameters = [*gradients[::2], *(g if b is not None else None for g, b in zip(gradients[1::2], biases))]
+        return (
+            dx if needs[0] else None, dcontext if needs[1] else None, None, None,
+            *(g if need else None for g, need in zip(dparameters, needs[4:], strict=True)),
+        )  # fmt: skip
+
+
+def _differentiable(options, tensors, parameters, needs, dy, dlogdet):  # type: ignore[no-untyped-def]
+    """Gradients through the reference, which can be differentiated again."""
+    (x, context, mask), n = tensors, len(parameters) // 2
+    activation, same_start, same_step, start, step, scale, clamp, shift_first, inverse, layout = options
+    name = affine._SCALES[scale]
+    outputs = mlp_coupling_reference(
+        x, parameters[:n], parameters[n:], context, mask=mask,
+        activation=next(a for a, code in product._FUSED.items() if code == activation),  # type: ignore[arg-type]
+        scale=name if scale else None,  # type: ignore[arg-type]
+        clamp=clamp if name in affine._DEFAULT_CLAMP else None,
+        order="shift_scale" if shift_first else "scale_shift", inverse=inverse,
+        layout="interleaved" if layout == 2 else "halves", same=(same_start, same_step), part=(start, step),
+    )  # fmt: skip
+    inputs = [x, context, *parameters]
+    wanted = [needs[0], needs[1], *needs[4:]]
+    pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet), strict=True) if g is not None and o.requires_grad]
+    grads = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], [t for t, need in zip(inputs, wanted, strict=True) if need],
+            [g for _, g in pairs], create_graph=True, allow_unused=True,
+        )
+    )  # fmt: skip
+    return [next(grads) if need else None for need in wanted]
+
+
+# -------------------------------------------------------------------------------------------------------- fake
+def _fake(x, context, weights, biases, mask, activation, *options):  # type: ignore[no-untyped-def]
+    saved = math.prod(x.shape[:-1]) * sum(w.shape[0] for w in weights) if options[-1] else 0
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1]), x.new_empty(saved)
+
+
+def _fake_backward(dy, dlogdet, x, context, weights, biases, mask, saved, *options):  # type: ignore[no-untyped-def]
+    need_input, need_parameters = options[-2:]
+    gradients = []
+    for w, b in zip(weights, biases, strict=True):
+        gradients += [w.new_empty(w.shape if need_parameters else 0), b.new_empty(b.shape if need_parameters else 0)]
+    dcontext = x.new_empty(context.shape if context is not None and need_input else 0)
+    return x.new_empty(x.shape), dcontext, gradients
+
+
+_native.register("mlp_coupling", _fake)
+_native.register("mlp_coupling_backward", _fake_backward)

@@ -1,0 +1,178 @@
+"""mlp_coupling: the battery, the layers that use it by themselves, and what is special to the op."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from check_op import Op, Sample, op_tests
+from torch import Tensor
+
+from pyflowgen import mlp_coupling, mlp_coupling_reference
+from pyflowgen.ops import affine_coupling as affine
+from pyflowgen.ops import linear as product
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def call(function: Any) -> Any:
+    """The function with tensors one after another: x, the context if there is one, then weight, bias, weight, …"""
+
+    def flat(x: Tensor, *rest: Tensor, contextual: bool = False, bias: bool = True, **options: Any) -> Any:
+        context, parameters = (rest[0], rest[1:]) if contextual else (None, rest)
+        weights = parameters[::2] if bias else parameters
+        biases = parameters[1::2] if bias else [None] * len(weights)
+        return function(x, list(weights), list(biases), context, **options)
+
+    return flat
+
+
+def sample(
+    name: str, batch: tuple[int, ...], channels: int, conditioning: int, hidden: list[int], out: int, *, context: int = 0,
+    bias: bool = True, **options: Any,
+) -> Sample:  # fmt: skip
+    sizes = [conditioning + context, *hidden, out]
+    tensors = [normal(*batch, channels)]
+    if context:
+        tensors.append(normal(*batch, context, seed=1))
+        options["contextual"] = True
+    for i, (n_in, n_out) in enumerate(itertools.pairwise(sizes)):
+        tensors.append(normal(n_out, n_in, seed=i) / n_in**0.5)
+        if bias:
+            tensors.append(normal(n_out, seed=i) / 4)
+    if not bias:
+        options["bias"] = False
+    return Sample(name, tuple(tensors), options)
+
+
+def samples() -> list[Sample]:
+    result = []
+    for activation, inverse in itertools.product(("relu", "leaky_relu", "silu", "tanh", "sigmoid", "none"), (False, True)):
+        options: dict[str, Any] = dict(activation=activation, inverse=inverse, scale="tanh")
+        result.append(sample(f"{activation}-{inverse}", (70,), 9, 5, [33, 17], 8, **options))
+    for scale in (None, "exp", "sigmoid", "softclip"):
+        out = 4 if scale is None else 8
+        result.append(sample(f"scale-{scale}", (19,), 9, 5, [20], out, scale=scale))
+    add = lambda *args, **options: result.append(sample(*args, **options))  # noqa: E731
+    add("gelu-in-layers", (9,), 6, 3, [12], 6, activation="gelu")
+    add("swap", (65,), 7, 3, [16, 16], 8, same=(4, 1), part=(0, 1))
+    add("every-second", (33,), 12, 6, [16, 16], 12, same=(0, 2), part=(1, 2), layout="interleaved")
+    add("mask", (33,), 7, 7, [16], 14, mask=torch.arange(7) % 3 == 0)
+    add("context", (40,), 8, 4, [24], 8, context=3, activation="silu")
+    add("mask-context-additive", (40,), 8, 8, [24], 8, context=5, scale=None, mask=torch.arange(8) > 4)
+    add("no-bias", (40,), 8, 4, [24, 8], 8, bias=False)
+    add("no-hidden", (40,), 8, 4, [], 8)
+    add("two-features", (300,), 2, 1, [32, 32], 2)
+    add("batch-dimensions", (3, 2, 5), 6, 3, [16], 6)
+    add("no-batch", (), 6, 3, [16], 6)
+    add("many-layers", (21,), 6, 3, [5, 9, 30, 2, 17], 6, activation="tanh")
+    add("deep-product", (30,), 6, 3, [300, 40], 6)
+    add("several-groups", (700,), 6, 3, [40], 6)
+    add("wide-rows", (260,), 6, 3, [520, 260], 6)
+    for batch in (0, 1, 31, 257):
+        add(f"rows-{batch}", (batch,), 6, 3, [8], 6)
+    for name, x in (("every-second-column", normal(9, 12)[:, ::2]), ("transposed", normal(6, 9).t())):
+        plain = sample(name, (9,), 6, 3, [8], 6)
+        result.append(Sample(name, (x, *plain.tensors[1:]), plain.options))
+    return result
+
+
+def small() -> list[Sample]:
+    result = [
+        sample(f"{activation}-{inverse}", (3,), 5, 3, [4], 4, activation=activation, inverse=inverse, scale="tanh")
+        for activation, inverse in itertools.product(("silu", "tanh", "sigmoid"), (False, True))
+    ]
+    result.append(sample("additive-context", (3,), 4, 2, [4, 3], 2, context=2, scale=None, activation="tanh"))
+    result.append(sample("mask", (3,), 4, 4, [4], 8, mask=torch.arange(4) % 2 == 0, activation="silu"))
+    result.append(sample("no-bias", (3,), 4, 2, [4], 4, bias=False, activation="tanh"))
+    return result
+
+
+def operator(s: Sample) -> tuple[Any, tuple[Any, ...]]:
+    o = s.options
+    context, parameters = (s.tensors[1], s.tensors[2:]) if o.get("contextual") else (None, s.tensors[1:])
+    bias = o.get("bias", True)
+    weights = list(parameters[::2] if bias else parameters)
+    biases = list(parameters[1::2]) if bias else [torch.empty(0) for _ in weights]
+    scale = o.get("scale", "exp")
+    conditioning = weights[0].shape[1] - (0 if context is None else context.shape[1])
+    options = (
+        product._FUSED[o.get("activation", "relu")], 0, 1, 0 if "mask" in o else conditioning, 1,
+        0 if scale is None else affine._SCALES.index(scale), 2.0, False, o.get("inverse", False), 1, True,
+    )  # fmt: skip
+    x = s.tensors[0]
+    detach = lambda tensors: [t.detach().requires_grad_(t.requires_grad) for t in tensors]  # noqa: E731
+    return torch.ops.pyflowgen.mlp_coupling.default, (
+        x.detach(), None if context is None else context.detach(), [t.detach() for t in weights],
+        [t.detach() for t in biases], o.get("mask"), *options,
+    )  # fmt: skip
+
+
+X = torch.zeros(4, 6)
+W, B = [torch.zeros(8, 3), torch.zeros(6, 8)], [torch.zeros(8), torch.zeros(6)]
+BAD = [
+    ("depth", lambda: mlp_coupling(X, W, B[:1]), ValueError, "one length of 1 to 16, got 2 and 1"),
+    ("no layer", lambda: mlp_coupling(X, [], []), ValueError, "got 0 and 0"),
+    ("weight shape", lambda: mlp_coupling(X, [W[0], torch.zeros(6, 7)], B), ValueError, r"weights\[1\] has shape \(6, 7\), expected \(out, 8\)"),
+    ("bias shape", lambda: mlp_coupling(X, W, [B[1], B[1]]), ValueError, r"biases\[0\] has shape \(6,\), expected \(8,\)"),
+    ("dtype", lambda: mlp_coupling(X, [W[0].double(), W[1]], B), TypeError, r"weights\[0\] is torch.float64"),
+    ("odd parameters", lambda: mlp_coupling(X, [W[0], torch.zeros(5, 8)], [B[0], torch.zeros(5)]), ValueError, "gives 5 parameters"),
+    ("too many parameters", lambda: mlp_coupling(X, [W[0], torch.zeros(8, 8)], [B[0], B[0]]), ValueError, r"part=\(3, 1\) with 4 channels"),
+    ("same", lambda: mlp_coupling(X, W, B, same=(4, 1), part=(0, 1)), ValueError, r"same=\(4, 1\) with 3 channels"),
+    ("activation", lambda: mlp_coupling(X, W, B, activation="relo"), ValueError, "activation must be one of"),
+    ("layout", lambda: mlp_coupling(X, W, B, layout="pairs"), ValueError, "layout must be 'halves'"),
+    ("scale", lambda: mlp_coupling(X, W, B, scale="cosh"), ValueError, "scale must be one of"),
+    ("context", lambda: mlp_coupling(X, W, B, torch.zeros(3, 1)), ValueError, r"context has shape \(3, 1\)"),
+    ("mask", lambda: mlp_coupling(X, W, B, mask=torch.ones(5) > 0), ValueError, r"mask must be a bool tensor of shape \(6,\)"),
+    ("mask conditioner", lambda: mlp_coupling(X, W, B, mask=torch.ones(6) > 0), ValueError, "weights take 3 channels"),
+]  # fmt: skip
+
+OP = Op(
+    "mlp_coupling",
+    call(mlp_coupling),
+    call(mlp_coupling_reference),
+    samples,
+    small,
+    operator,
+    lambda batch: sample("resize", (batch,), 6, 3, [16], 6),
+    BAD,
+)
+globals().update(op_tests(OP))
+
+
+def test_gradients_of_a_part_of_the_inputs() -> None:
+    """Frozen parameters, data without gradient, one output unused: what is asked for is the same."""
+    plain = sample("", (50,), 6, 3, [16], 6, context=2)
+    full = plain.to(torch.float64, grad=True)
+    y, logdet = call(mlp_coupling)(*full.tensors, **full.options)
+    for used in ((0,), (1,), (0, 1)):
+        loss = sum((y, logdet)[i].sum() for i in used)
+        want = torch.autograd.grad(loss, full.tensors, retain_graph=True, allow_unused=True)
+        for wanted in ([0], [1], [0, 1], [2, 3, 4, 5], [3], [4]):
+            some = [t.detach().clone().requires_grad_(i in wanted) for i, t in enumerate(full.tensors)]
+            results = call(mlp_coupling)(*some, **full.options)
+            got = torch.autograd.grad(sum(results[i].sum() for i in used), [some[i] for i in wanted], allow_unused=True)
+            for i, g in zip(wanted, got, strict=True):
+                assert torch.allclose(g, want[i], atol=1e-12)
+
+
+def test_nan_of_one_row_stays_there() -> None:
+    s = sample("", (70,), 6, 3, [16, 16], 6).to(torch.float32, grad=True)
+    x = s.tensors[0].detach().clone()
+    x[13, 1] = float("nan")
+    y, logdet = call(mlp_coupling)(x, *s.tensors[1:])
+    bad = torch.isnan(y).any(-1) | torch.isnan(logdet)
+    assert bad.nonzero().flatten().tolist() == [13]
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_round_trip(inverse: bool) -> None:
+    s = sample("", (200,), 64, 32, [128, 128], 64, scale="tanh").to(torch.float32)
+    y, logdet = call(mlp_coupling)(*s.tensors, **s.options, inverse=inverse)
+    back, minus = call(mlp_coupling)(y, *s.tensors[1:], **s.options, inverse=not inverse)
+    torch.testing.assert_close(back, s.tensors[0], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(minus, -logdet)
