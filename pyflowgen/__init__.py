@@ -31,3 +31,8 @@ from pyflowgen.ops.linear import linear as linear
 from pyflowgen.ops.linear import linear_reference as linear_reference
 from pyflowgen.ops.mlp_coupling import mlp_coupling as mlp_coupling
 from pyflowgen.ops.mlp_coupling import mlp_coupling_reference as mlp_coupling_reference
+from pyflowgen.ops.rational_quadratic_spline import SplineCoupling as SplineCoupling
+from pyflowgen.ops.rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline
+from pyflowgen.ops.rational_quadratic_spline import (
+    rational_quadratic_spline_reference as rational_quadratic_spline_reference,
+)

@@ -109,6 +109,11 @@ def use_kernel(op: str, x: Tensor) -> bool:
     )
 
 
+def tracing() -> bool:
+    """Whether values are not at hand to be looked at: in ``torch.compile``, ``torch.export``, ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 @contextlib.contextmanager
 def reference_path() -> Iterator[None]:
     """Run every pyflowgen layer on its plain PyTorch reference inside the block.

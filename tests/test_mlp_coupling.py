@@ -62,7 +62,7 @@ def samples() -> list[Sample]:
     add("swap", (65,), 7, 3, [16, 16], 8, same=(4, 1), part=(0, 1))
     add("every-second", (33,), 12, 6, [16, 16], 12, same=(0, 2), part=(1, 2), layout="interleaved")
     add("mask", (33,), 7, 7, [16], 14, mask=torch.arange(7) % 3 == 0)
-    add("context", (40,), 8, 4, [24], 8, context=3, activation="silu")
+    add("context", (40,), 40, 20, [24], 40, context=3, activation="silu")
     add("mask-context-additive", (40,), 8, 8, [24], 8, context=5, scale=None, mask=torch.arange(8) > 4)
     add("no-bias", (40,), 8, 4, [24, 8], 8, bias=False)
     add("no-hidden", (40,), 8, 4, [], 8)
@@ -74,7 +74,7 @@ def samples() -> list[Sample]:
     add("several-groups", (700,), 6, 3, [40], 6)
     add("wide-rows", (260,), 6, 3, [520, 260], 6)
     for batch in (0, 1, 31, 257):
-        add(f"rows-{batch}", (batch,), 6, 3, [8], 6)
+        add(f"rows-{batch}", (batch,), 40, 20, [48], 40)
     for name, x in (("every-second-column", normal(9, 12)[:, ::2]), ("transposed", normal(6, 9).t())):
         plain = sample(name, (9,), 6, 3, [8], 6)
         result.append(Sample(name, (x, *plain.tensors[1:]), plain.options))
