@@ -29,3 +29,8 @@ from pyflowgen.ops.affine_coupling import affine_coupling_reference as affine_co
 from pyflowgen.ops.linear import Linear as Linear
 from pyflowgen.ops.linear import linear as linear
 from pyflowgen.ops.linear import linear_reference as linear_reference
+from pyflowgen.ops.rational_quadratic_spline import SplineCoupling as SplineCoupling
+from pyflowgen.ops.rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline
+from pyflowgen.ops.rational_quadratic_spline import (
+    rational_quadratic_spline_reference as rational_quadratic_spline_reference,
+)

@@ -118,6 +118,11 @@ def reference_only() -> bool:
     return _reference_only
 
 
+def tracing() -> bool:
+    """Whether values are not at hand to be looked at: in ``torch.compile``, ``torch.export``, ``torch.func``."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 @contextlib.contextmanager
 def reference_path() -> Iterator[None]:
     """Run every pyflowgen layer on its plain PyTorch reference inside the block.

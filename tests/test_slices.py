@@ -43,6 +43,20 @@ WITHOUT = {
         "csrc/cuda/linear.cpp": "on a GPU torch's own product runs",
         "kernels/linear.py": "on a GPU torch's own product runs",
     },
+    "rational_quadratic_spline": {
+        layer: "not written yet: the reference runs"
+        for layer in (
+            "csrc/formula/rational_quadratic_spline.h",
+            "csrc/rational_quadratic_spline.h",
+            "csrc/rational_quadratic_spline.cpp",
+            "csrc/cpu/rational_quadratic_spline.cpp",
+            "csrc/cpu/rational_quadratic_spline.simd.cpp",
+            "csrc/cuda/rational_quadratic_spline.cu",
+            "csrc/cuda/rational_quadratic_spline.cpp",
+            "kernels/rational_quadratic_spline.py",
+            "benchmarks/bench_rational_quadratic_spline.py",
+        )
+    },
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.
 SHARED = {"csrc/cpu/gemm.simd.cpp", "csrc/cpu/isa.cpp", "csrc/module.cpp", "kernels/tile.py", "kernels/elementary.py"}
@@ -53,8 +67,8 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init
 NAMES = {
     "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
     "Flow", "FlowDistribution", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
-    "Permutation", "Scale", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
-    "linear", "linear_reference", "reference_path",
+    "Permutation", "Scale", "SplineCoupling", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
+    "linear", "linear_reference", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
 }  # fmt: skip
 
 
@@ -124,7 +138,7 @@ PYTHON = sorted(PACKAGE.rglob("*.py"))
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_imports_no_other_op(op: str) -> None:
     ours = {name for name in imports(PACKAGE / f"ops/{op}.py") if within(name, "pyflowgen")}
-    assert all(within(name, "pyflowgen._native", "pyflowgen.bijection") for name in ours), ours
+    assert all(within(name, "pyflowgen._native", "pyflowgen.bijection", "pyflowgen.coupling") for name in ours), ours
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.stem)
@@ -146,7 +160,18 @@ def test_only_native_touches_the_dispatcher(path: Path) -> None:
 
 
 # From low to high; a module imports from its own rank or below.
-RANKS = ("_native", "bijection", "ops", "layers nets flow", "models", "data", "train", "recipes", "cli", "__main__")
+RANKS = (
+    "_native",
+    "bijection coupling recompute",
+    "ops",
+    "layers nets flow",
+    "models",
+    "data",
+    "train",
+    "recipes",
+    "cli",
+    "__main__",
+)
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from pyflowgen.bijection import CHECKPOINT_EVERY, Bijection, Chain, Memory
+from pyflowgen.coupling import Mask
 from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Squeeze
 from pyflowgen.nets import MLP, ConvResNet
-from pyflowgen.ops.affine_coupling import AffineCoupling, Mask
+from pyflowgen.ops.affine_coupling import AffineCoupling
 from pyflowgen.ops.affine_coupling import Scale as ScaleMap
 
 
