@@ -162,7 +162,7 @@ def test_only_native_touches_the_dispatcher(path: Path) -> None:
 # From low to high; a module imports from its own rank or below.
 RANKS = (
     "_native",
-    "bijection coupling",
+    "bijection coupling recompute",
     "ops",
     "layers nets flow",
     "models",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pyflowgen.bijection import Bijection, Chain
+from pyflowgen.bijection import CHECKPOINT_EVERY, Bijection, Chain, Memory
 from pyflowgen.coupling import Mask
 from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Squeeze
@@ -40,6 +40,7 @@ class RealNVP(Flow):
         activation: activation of the conditioners.
         context_features: size of a context vector given to every conditioner; 0 for none.
         weight_norm: weight-normalise the conditioners' 3×3 convolutions (images).
+        memory, checkpoint_every: what backward keeps of the layers, see `Chain`.
         seed: seed of the permutations.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017.
@@ -73,6 +74,8 @@ class RealNVP(Flow):
         activation: str = "relu",
         context_features: int = 0,
         weight_norm: bool = False,
+        memory: Memory = "store",
+        checkpoint_every: int | None = CHECKPOINT_EVERY,
         seed: int = 0,
     ) -> None:
         shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
@@ -139,9 +142,10 @@ class RealNVP(Flow):
                     for i in range(3):
                         stage += step(4 * c, "channel", swap=bool(i % 2))
                     c *= 2  # squeeze gives four times, factoring out takes half
-                stages.append(Chain(*stage))
+                stages.append(Chain(*stage, memory=memory, checkpoint_every=checkpoint_every))
             layers.append(MultiScale(stages, shape))
-        super().__init__(DiagNormal(math.prod(shape)), Chain(*layers), event_shape=shape)
+        chain = Chain(*layers, memory=memory, checkpoint_every=checkpoint_every)
+        super().__init__(DiagNormal(math.prod(shape)), chain, event_shape=shape)
         self.config: dict[str, Any] = dict(
             event_shape=list(shape),
             couplings=couplings,
@@ -158,5 +162,7 @@ class RealNVP(Flow):
             activation=activation,
             context_features=context_features,
             weight_norm=weight_norm,
+            memory=memory,
+            checkpoint_every=checkpoint_every,
             seed=seed,
         )
