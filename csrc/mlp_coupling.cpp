@@ -15,17 +15,19 @@ int64_t mlp_coupling_groups(int64_t rows) {
 
 }  // namespace pyflowgen
 
-// weights[i] is (out, in), biases[i] (out) or empty; activation, scale and layout are places in Activation, AffineScale
-// and Layout. `saved` is empty unless `keep`. The gradients of weights and biases come in the order w0, b0, w1, b1, …,
-// empty where there is none.
+// A run of steps, in the order in which they are taken. For each step `options` has 13 numbers,
+//   layers, activation, same_start, same_step, start, step, scale, shift_first, inverse, layout   of the coupling,
+//   permuted (is there an index), scaled (0: no, 1: by e^s, -1: by its inverse), shifted          of what goes before,
+// with activation, scale and layout places in Activation, AffineScale and Layout, and `clamps` one. weights[i] is
+// (out, in), biases[i] (out) or empty; masks has one (channels) for each step, empty where there is none; indices,
+// log_scales and shifts, each (channels), only those there are. -> (y, logdet, saved), `saved` empty unless `keep`.
+// The gradients come in the order of the arguments x, context, weights, biases, log_scales, shifts.
 STABLE_TORCH_LIBRARY_FRAGMENT(pyflowgen, m) {
   m.def(
-      "mlp_coupling(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor? mask, int activation, "
-      "int same_start, int same_step, int start, int step, int scale, float clamp, bool shift_first, bool inverse, "
-      "int layout, bool keep) -> (Tensor, Tensor, Tensor)");
+      "mlp_coupling(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] masks, Tensor[] indices, "
+      "Tensor[] log_scales, Tensor[] shifts, int[] options, float[] clamps, bool keep) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "mlp_coupling_backward(Tensor? dy, Tensor? dlogdet, Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, "
-      "Tensor? mask, Tensor saved, int activation, int same_start, int same_step, int start, int step, int scale, "
-      "float clamp, bool shift_first, bool inverse, int layout, bool need_input, bool need_parameters) -> "
-      "(Tensor, Tensor, Tensor[])");
+      "mlp_coupling_backward(Tensor? dy, Tensor? dlogdet, Tensor x, Tensor? context, Tensor[] weights, "
+      "Tensor[] biases, Tensor[] masks, Tensor[] indices, Tensor[] log_scales, Tensor[] shifts, Tensor saved, "
+      "int[] options, float[] clamps, bool need_input, bool need_parameters) -> (Tensor, Tensor, Tensor[])");
 }

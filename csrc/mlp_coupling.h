@@ -1,9 +1,11 @@
-// mlp_coupling: a whole coupling layer, split, conditioner (a multi-layer perceptron), transform and merge; the contract
-// between the adapter that knows tensors and the kernels that do not. T is float or double.
+// mlp_coupling: a run of coupling layers with their conditioners (multi-layer perceptrons), each one step:
+// permutation, scale and shift of every channel, split, conditioner, transform, merge, what is absent left out. The
+// contract between the adapter that knows tensors and the kernels that do not. T is float or double.
 //
-// Rows go through the layer in blocks: a block's activations and the packed weights stay in cache from the first product
-// to the transform. The forward pass takes blocks, the backward pass groups of rows, each with sums of its own that are
-// added in order at the end, so that results depend neither on the number of threads nor on who took what.
+// Rows go through a step in blocks: a block's activations and the packed weights stay in cache from the first product
+// to the transform, and a thread takes its rows through all steps without waiting for another. The backward pass goes by
+// groups of rows, each with sums of its own that are added in order at the end, so that results depend neither on the
+// number of threads nor on who took what.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +20,15 @@ inline constexpr int mlp_max_layers = 16;
 
 template <class T> struct MlpCoupling {
   int64_t rows, channels;
-  // The conditioner: products, sizes from the input (channels that stay, then the context) to the parameters.
+  // First of all u[k] = x[index[k]], then u * scale + shift, or (u + shift) * scale; null: as it is. scale is
+  // e^(scale_sign s), and the step's log-determinant begins at scale_sign * sum of s, logdet_start.
+  const int64_t* index;
+  const T *scale, *shift;
+  bool shift_first;
+  double logdet_start;
+  int scale_sign;
+  // The conditioner: products (0: no coupling), sizes from the input (channels that stay, then the context) to the
+  // parameters.
   int64_t layers, size[mlp_max_layers + 1];
   const T* weight[mlp_max_layers];  // [size[i + 1]][size[i]]
   const T* bias[mlp_max_layers];    // [size[i + 1]] or null
@@ -36,18 +46,21 @@ template <class T> struct MlpCoupling {
   int64_t context_stride;  // [rows][context_size]
   T* y;                    // [rows][channels]
   T* logdet;               // [rows]
+  bool add_logdet;         // to what is there
   T* saved;                // for the backward pass or null: every hidden layer [rows][size], then parameters [rows][size]
 };
 
 template <class T> struct MlpCouplingBackward {
   MlpCoupling<T> forward;  // y, logdet null
-  const T* dy;
+  const T* dy;             // may be dx
   Strides dy_strides;  // (rows, channels, 0), strides 0 at a zero when there is none
   const T* dlogdet;
   int64_t dlogdet_stride;  // (rows); likewise
   bool need_input, need_parameters;
   T* dx;        // [rows][channels]
   T* dcontext;  // [rows][context_size] or null
+  bool add_dcontext;
+  T *dscale, *dshift;  // [channels], of s and of the given shift, or null
   T* dweight[mlp_max_layers];
   T* dbias[mlp_max_layers];  // or null
   T* sums;                   // [groups][mlp_coupling_sums]
@@ -65,9 +78,9 @@ PYFLOWGEN_PER_ISA(
   template <class T> int64_t mlp_coupling_sums(const MlpCoupling<T>&);
   // Blocks begin <= b < end of mlp_block_rows rows.
   template <class T> void mlp_coupling(const MlpCoupling<T>&, int64_t begin, int64_t end, T* workspace);
-  // Groups begin <= g < end; then, when all are done, the parameters' gradients of rows begin <= r < end of all weights.
+  // Groups begin <= g < end; then, when all are done, the parameters' gradients: part `part` of `parts` equal ones.
   template <class T> void mlp_coupling_backward(const MlpCouplingBackward<T>&, int64_t begin, int64_t end, T* workspace);
-  template <class T> void mlp_coupling_reduce(const MlpCouplingBackward<T>&, int64_t begin, int64_t end);
+  template <class T> void mlp_coupling_reduce(const MlpCouplingBackward<T>&, int64_t part, int64_t parts);
 )
 // clang-format on
 

@@ -95,6 +95,10 @@ class MLP(nn.Module):
         out: Tensor = self.layers(x)
         return out
 
+    def perceptron(self) -> nn.Sequential | None:
+        """The layers, applied to x and context joined, when that is all that `forward` does: see `mlp_coupling`."""
+        return self.layers if type(self) is MLP else None
+
 
 class _ResidualBlock(nn.Module):
     def __init__(self, channels: int, activation: str, wrap: bool) -> None:

@@ -89,6 +89,7 @@ enum class Mode { unit, pairs, any };
 
 template <class T>
 PYFLOWGEN_INLINE void copy_strided(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n) {
+  if (from == to) return;
   if (from_stride == 1 && to_stride == 1) {
     __builtin_memcpy(to, from, size_t(n) * sizeof(T));
   } else {

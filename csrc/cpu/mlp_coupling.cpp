@@ -1,6 +1,7 @@
 // mlp_coupling on the CPU: tensors to pointers, threads, registration.
 #include "mlp_coupling.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <tuple>
@@ -30,151 +31,241 @@ template <class T> T* workspace(int64_t elements, int slot) {
 // Multiply-adds worth a thread of their own.
 constexpr int64_t work_per_thread = 1 << 18;
 
-// The arguments both directions have, checked, and what keeps their memory alive.
+// The tensors of both directions.
+struct Arguments {
+  Tensor x;
+  std::optional<Tensor> context;
+  std::vector<Tensor> weights, biases, masks, indices, log_scales, shifts;
+  std::vector<int64_t> options;
+  std::vector<double> clamps;
+};
+
+// One step's part of them.
+struct Step {
+  int64_t layers, activation, same_start, same_step, start, step, scale;
+  bool shift_first, inverse;
+  int64_t layout;
+  bool permuted;
+  int64_t scaled;
+  bool shifted;
+  double clamp;
+  size_t weight, index, log_scale, shift;  // its first place in each list
+  int64_t parameters, conditioning;
+};
+
+constexpr size_t options_of_step = 13;
+
+// The arguments, checked, and what keeps their memory alive.
 struct Call {
+  Arguments a;
   Rows x;
   std::optional<Rows> context;
-  std::vector<Tensor> weights, biases;
-  std::optional<Tensor> mask;
-  int64_t activation, same_start, same_step, start, step, scale, layout;
-  double clamp;
-  bool shift_first, inverse;
-  int64_t channels, context_size = 0, work = 0;
+  std::vector<Step> steps;
+  int64_t channels = 0, context_size = 0, work = 0, saved = 0;
 
-  Call(const Tensor& x_, const std::optional<Tensor>& context_, std::vector<Tensor> weights_,
-       std::vector<Tensor> biases_, std::optional<Tensor> mask_, int64_t activation_, int64_t same_start_,
-       int64_t same_step_, int64_t start_, int64_t step_, int64_t scale_, double clamp_, bool shift_first_,
-       bool inverse_, int64_t layout_)
-      : x{x_, 0, 0},
-        weights(std::move(weights_)),
-        biases(std::move(biases_)),
-        mask(std::move(mask_)),
-        activation(activation_),
-        same_start(same_start_),
-        same_step(same_step_),
-        start(start_),
-        step(step_),
-        scale(scale_),
-        layout(layout_),
-        clamp(clamp_),
-        shift_first(shift_first_),
-        inverse(inverse_) {
+  explicit Call(Arguments&& arguments) : a(std::move(arguments)), x{a.x, 0, 0} {
     const char* op = "mlp_coupling";
-    STD_TORCH_CHECK(x_.scalar_type() == ScalarType::Float || x_.scalar_type() == ScalarType::Double, op,
+    const auto dtype = a.x.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, op,
                     ": the kernel takes float32 and float64");
-    STD_TORCH_CHECK(x_.dim() >= 1, op, ": x must have shape (*batch, channels), got ", shape_of(x_));
-    channels = x_.size(x_.dim() - 1);
-    x = rows_of(x_, channels);
-    const int64_t layers = int64_t(weights.size());
-    STD_TORCH_CHECK(1 <= layers && layers <= mlp_max_layers && biases.size() == weights.size(), op, ": takes 1 to ",
-                    mlp_max_layers, " layers, and a bias for each");
-    if (context_) {
-      STD_TORCH_CHECK(context_->dim() == x_.dim() && context_->scalar_type() == x_.scalar_type(), op,
+    STD_TORCH_CHECK(a.x.dim() >= 1, op, ": x must have shape (*batch, channels), got ", shape_of(a.x));
+    channels = a.x.size(a.x.dim() - 1);
+    x = rows_of(a.x, channels);
+    if (a.context) {
+      STD_TORCH_CHECK(a.context->dim() == a.x.dim() && a.context->scalar_type() == dtype, op,
                       ": context must have x's dimensions and dtype");
-      for (int64_t d = 0; d + 1 < x_.dim(); ++d)
-        STD_TORCH_CHECK(context_->size(d) == x_.size(d), op, ": context has shape ", shape_of(*context_), ", x ",
-                        shape_of(x_));
-      context_size = context_->size(x_.dim() - 1);
-      context = rows_of(*context_, context_size);
+      for (int64_t d = 0; d + 1 < a.x.dim(); ++d)
+        STD_TORCH_CHECK(a.context->size(d) == a.x.size(d), op, ": context has shape ", shape_of(*a.context), ", x ",
+                        shape_of(a.x));
+      context_size = a.context->size(a.x.dim() - 1);
+      context = rows_of(*a.context, context_size);
     }
-    int64_t in = weights[0].dim() == 2 ? weights[0].size(1) : 0;
-    const int64_t same = in - context_size;
-    for (int64_t i = 0; i < layers; ++i) {
-      Tensor &weight = weights[i], &bias = biases[i];
-      STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.size(0) > 0 &&
-                          weight.scalar_type() == x_.scalar_type(),
+    STD_TORCH_CHECK(a.biases.size() == a.weights.size() && a.options.size() == options_of_step * a.clamps.size() &&
+                        a.masks.size() == a.clamps.size() && !a.clamps.empty(),
+                    op, ": the lists do not belong together");
+    size_t weight = 0, index = 0, log_scale = 0, shift = 0;
+    for (size_t i = 0; i < a.clamps.size(); ++i) {
+      const int64_t* o = a.options.data() + options_of_step * i;
+      Step s{o[0], o[1], o[2], o[3], o[4], o[5], o[6], bool(o[7]), bool(o[8]), o[9], bool(o[10]), o[11], bool(o[12]),
+             a.clamps[i], weight, index, log_scale, shift, 0, 0};
+      STD_TORCH_CHECK(0 <= s.layers && s.layers <= mlp_max_layers && weight + size_t(s.layers) <= a.weights.size(), op,
+                      ": takes up to ", mlp_max_layers, " layers a step, and the weights of all");
+      weight += size_t(s.layers), index += s.permuted, log_scale += s.scaled != 0, shift += s.shifted;
+      STD_TORCH_CHECK(index <= a.indices.size() && log_scale <= a.log_scales.size() && shift <= a.shifts.size() &&
+                          (s.scaled || !s.shifted),
+                      op, ": the lists do not belong together");
+      if (s.permuted) {
+        Tensor& t = a.indices[s.index];
+        STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == ScalarType::Long, op,
+                        ": an index has shape ", shape_of(t), ", expected int64 of (", channels, ",)");
+        t = dense(t);
+        const int64_t* k = static_cast<const int64_t*>(t.data_ptr());
+        for (int64_t c = 0; c < channels; ++c)
+          STD_TORCH_CHECK(0 <= k[c] && k[c] < channels, op, ": an index reaches beyond ", channels, " channels");
+      }
+      if (s.scaled) check_channels(a.log_scales[s.log_scale], "a log-scale");
+      if (s.shifted) check_channels(a.shifts[s.shift], "a shift");
+      if (s.layers) check_coupling(s, a.masks[i]);
+      steps.push_back(s);
+    }
+    STD_TORCH_CHECK(weight == a.weights.size() && index == a.indices.size() && log_scale == a.log_scales.size() &&
+                        shift == a.shifts.size(),
+                    op, ": the lists do not belong together");
+    saved += x.count * channels * int64_t(steps.size() - 1);
+  }
+
+  void check_channels(Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == a.x.scalar_type(), "mlp_coupling: ",
+                    name, " has shape ", shape_of(t), ", expected (", channels, ",) of x's dtype");
+    t = dense(t);
+  }
+
+  void check_coupling(Step& s, Tensor& mask) {
+    const char* op = "mlp_coupling";
+    const auto dtype = a.x.scalar_type();
+    int64_t in = a.weights[s.weight].dim() == 2 ? a.weights[s.weight].size(1) : 0;
+    s.conditioning = in - context_size;
+    for (size_t i = s.weight; i < s.weight + size_t(s.layers); ++i) {
+      Tensor &weight = a.weights[i], &bias = a.biases[i];
+      STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.size(0) > 0 && weight.scalar_type() == dtype,
                       op, ": weight ", i, " has shape ", shape_of(weight), ", expected (out, ", in, ") of x's dtype");
       work += weight.numel();
       in = weight.size(0);
-      STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == in &&
-                                            bias.scalar_type() == x_.scalar_type()),
-                      op, ": bias ", i, " has shape ", shape_of(bias), ", expected (", in, ",) of x's dtype");
+      saved += x.count * in;
+      STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == in && bias.scalar_type() == dtype), op,
+                      ": bias ", i, " has shape ", shape_of(bias), ", expected (", in, ",) of x's dtype");
       weight = dense(weight), bias = dense(bias);
     }
-    STD_TORCH_CHECK(0 <= activation && activation < activations, op, ": there is no activation ", activation);
-    STD_TORCH_CHECK(0 <= scale && scale <= int64_t(AffineScale::softplus), op, ": there is no scale ", scale);
-    STD_TORCH_CHECK(layout == 1 || layout == 2, op, ": layout must be halves or interleaved");
-    const int64_t count = scale ? in / 2 : in;
-    STD_TORCH_CHECK(in % (scale ? 2 : 1) == 0 && start >= 0 && step >= 1 && start + (count - 1) * step < channels, op,
-                    ": ", in, " parameters from channel ", start, " by ", step, " do not fit ", channels, " channels");
-    STD_TORCH_CHECK(same >= 1 && same_start >= 0 && same_step >= 1 && same_start + (same - 1) * same_step < channels,
-                    op, ": ", same, " conditioning channels from ", same_start, " by ", same_step, " do not fit ",
-                    channels, " channels");
-    if (mask) {
-      STD_TORCH_CHECK(mask->dim() == 1 && mask->size(0) == channels && mask->scalar_type() == ScalarType::Bool &&
-                          same == channels && count == channels,
-                      op, ": mask must be bool of shape (", channels, ",), with a conditioner from and for all channels");
-      mask = dense(*mask);
-    }
+    s.parameters = in;
+    STD_TORCH_CHECK(0 <= s.activation && s.activation < activations, op, ": there is no activation ", s.activation);
+    STD_TORCH_CHECK(0 <= s.scale && s.scale <= int64_t(AffineScale::softplus), op, ": there is no scale ", s.scale);
+    STD_TORCH_CHECK(s.layout == 1 || s.layout == 2, op, ": layout must be halves or interleaved");
+    const int64_t count = s.scale ? in / 2 : in;
+    STD_TORCH_CHECK(in % (s.scale ? 2 : 1) == 0 && s.start >= 0 && s.step >= 1 &&
+                        s.start + (count - 1) * s.step < channels,
+                    op, ": ", in, " parameters from channel ", s.start, " by ", s.step, " do not fit ", channels,
+                    " channels");
+    STD_TORCH_CHECK(s.conditioning >= 1 && s.same_start >= 0 && s.same_step >= 1 &&
+                        s.same_start + (s.conditioning - 1) * s.same_step < channels,
+                    op, ": ", s.conditioning, " conditioning channels from ", s.same_start, " by ", s.same_step,
+                    " do not fit ", channels, " channels");
+    if (!mask.numel()) return;
+    STD_TORCH_CHECK(mask.dim() == 1 && mask.size(0) == channels && mask.scalar_type() == ScalarType::Bool &&
+                        s.conditioning == channels && count == channels,
+                    op, ": mask must be bool of shape (", channels, ",), with a conditioner from and for all channels");
+    mask = dense(mask);
   }
 
   int64_t threads() const {
-    const int64_t wanted = x.count * work / work_per_thread;
-    return std::clamp<int64_t>(wanted, 1, torch::stable::get_num_threads());
+    return std::clamp<int64_t>(x.count * work / work_per_thread, 1, torch::stable::get_num_threads());
   }
 
-  template <class T> MlpCoupling<T> contract() const {
-    MlpCoupling<T> o{};
-    o.rows = x.count, o.channels = channels;
-    o.layers = int64_t(weights.size());
-    o.size[0] = weights[0].size(1);
-    for (int64_t i = 0; i < o.layers; ++i) {
-      o.size[i + 1] = weights[i].size(0);
-      o.weight[i] = data<T>(weights[i]);
-      o.bias[i] = biases[i].numel() ? data<T>(biases[i]) : nullptr;
+  // e^s or e^-s, and the shift as it is added: behind the scale, or with the other sign before its inverse.
+  template <class T> std::vector<T> prepared() const {
+    std::vector<T> values;
+    values.reserve(size_t(2 * channels) * steps.size());  // never moved: the contracts point into it
+    for (const Step& s : steps) {
+      if (s.scaled) {
+        const T* log_scale = data<T>(a.log_scales[s.log_scale]);
+        for (int64_t k = 0; k < channels; ++k) values.push_back(std::exp(T(s.scaled) * log_scale[k]));
+      }
+      if (s.shifted) {
+        const T* shift = data<T>(a.shifts[s.shift]);
+        for (int64_t k = 0; k < channels; ++k) values.push_back(s.scaled < 0 ? -shift[k] : shift[k]);
+      }
     }
-    o.activation = Activation(activation);
-    o.same_start = same_start, o.same_step = same_step, o.same_count = o.size[0] - context_size;
-    o.mask = mask ? static_cast<const uint8_t*>(mask->data_ptr()) : nullptr;
-    o.context_size = context_size;
-    const int64_t parameters = o.size[o.layers], count = scale ? parameters / 2 : parameters;
-    o.o = {0, channels, 1, start, step, count, AffineScale(scale), clamp, shift_first, inverse, false};
-    const bool interleaved = scale && Layout(layout) == Layout::interleaved;
-    o.parameter_stride = interleaved ? 2 : 1;
-    o.log_scale_offset = !scale ? 0 : interleaved ? 1 : count;
-    o.x = data<T>(x.x), o.x_stride = x.stride;
-    o.context = context ? data<T>(context->x) : nullptr, o.context_stride = context ? context->stride : 0;
-    return o;
+    return values;
+  }
+
+  // The steps' contracts: `states` has what goes into each but the first, `kept` what is saved of it, or null both.
+  template <class T> std::vector<MlpCoupling<T>> contracts(const std::vector<T>& prepared, T* saved_values) const {
+    std::vector<MlpCoupling<T>> result;
+    const T* ready = prepared.data();
+    T* states = saved_values;
+    T* kept = saved_values ? saved_values + x.count * channels * int64_t(steps.size() - 1) : nullptr;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      const Step& s = steps[i];
+      MlpCoupling<T> o{};
+      o.rows = x.count, o.channels = channels;
+      o.index = s.permuted ? static_cast<const int64_t*>(a.indices[s.index].data_ptr()) : nullptr;
+      if (s.scaled) {
+        o.scale = ready, ready += channels;
+        if (s.shifted) o.shift = ready, ready += channels;
+        o.shift_first = s.scaled < 0, o.scale_sign = int(s.scaled);
+        const T* log_scale = data<T>(a.log_scales[s.log_scale]);
+        for (int64_t k = 0; k < channels; ++k) o.logdet_start += double(s.scaled) * double(log_scale[k]);
+      }
+      o.layers = s.layers;
+      o.saved = kept;
+      if (s.layers) {
+        o.size[0] = a.weights[s.weight].size(1);
+        for (int64_t l = 0; l < s.layers; ++l) {
+          const Tensor &weight = a.weights[s.weight + size_t(l)], &bias = a.biases[s.weight + size_t(l)];
+          o.size[l + 1] = weight.size(0);
+          o.weight[l] = data<T>(weight), o.bias[l] = bias.numel() ? data<T>(bias) : nullptr;
+          if (kept) kept += x.count * weight.size(0);
+        }
+        o.activation = Activation(s.activation);
+        o.same_start = s.same_start, o.same_step = s.same_step, o.same_count = s.conditioning;
+        o.mask = a.masks[i].numel() ? static_cast<const uint8_t*>(a.masks[i].data_ptr()) : nullptr;
+        o.context_size = context_size;
+        const int64_t count = s.scale ? s.parameters / 2 : s.parameters;
+        o.o = {0, channels, 1, s.start, s.step, count, AffineScale(s.scale), s.clamp, s.shift_first, s.inverse, false};
+        const bool interleaved = s.scale && Layout(s.layout) == Layout::interleaved;
+        o.parameter_stride = interleaved ? 2 : 1;
+        o.log_scale_offset = !s.scale ? 0 : interleaved ? 1 : count;
+        o.context = context ? data<T>(context->x) : nullptr, o.context_stride = context ? context->stride : 0;
+      }
+      o.x = i ? states : data<T>(x.x), o.x_stride = i ? channels : x.stride;
+      if (i && saved_values) states += x.count * channels;
+      o.add_logdet = i > 0;
+      result.push_back(o);
+    }
+    return result;
   }
 };
 
-int64_t saved_size(const Call& call) {
-  int64_t size = 0;
-  for (const Tensor& weight : call.weights) size += weight.size(0);
-  return call.x.count * size;
-}
-
 std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> context, std::vector<Tensor> weights,
-                                           std::vector<Tensor> biases, std::optional<Tensor> mask, int64_t activation,
-                                           int64_t same_start, int64_t same_step, int64_t start, int64_t step,
-                                           int64_t scale, double clamp, bool shift_first, bool inverse, int64_t layout,
-                                           bool keep) {
-  const Call call(x, context, std::move(weights), std::move(biases), mask, activation, same_start, same_step, start,
-                  step, scale, clamp, shift_first, inverse, layout);
+                                           std::vector<Tensor> biases, std::vector<Tensor> masks,
+                                           std::vector<Tensor> indices, std::vector<Tensor> log_scales,
+                                           std::vector<Tensor> shifts, std::vector<int64_t> options,
+                                           std::vector<double> clamps, bool keep) {
+  const Call call({x, std::move(context), std::move(weights), std::move(biases), std::move(masks), std::move(indices),
+                   std::move(log_scales), std::move(shifts), std::move(options), std::move(clamps)});
   const Tensor y = empty(x.sizes().data(), x.dim(), x), logdet = empty(x.sizes().data(), x.dim() - 1, x);
-  const Tensor saved = empty({keep ? saved_size(call) : 0}, x);
+  const Tensor saved = empty({keep ? call.saved : 0}, x);
   const auto run = [&]<class T>() {
-    MlpCoupling<T> o = call.contract<T>();
-    o.y = out<T>(y), o.logdet = out<T>(logdet), o.saved = keep ? out<T>(saved) : nullptr;
-    const int64_t blocks = (o.rows + mlp_block_rows - 1) / mlp_block_rows, parts = std::min(call.threads(), blocks);
-    const int64_t scratch = PYFLOWGEN_CALL(mlp_coupling_workspace<T>, o);
-    if (blocks)
-      in_threads(parts, [&](int64_t i) {
-        PYFLOWGEN_CALL(mlp_coupling<T>, o, blocks * i / parts, blocks * (i + 1) / parts, workspace<T>(scratch, 0));
-      });
+    const auto prepared = call.prepared<T>();
+    auto steps = call.contracts<T>(prepared, keep ? out<T>(saved) : nullptr);
+    int64_t scratch = 0;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      MlpCoupling<T>& o = steps[i];
+      o.logdet = out<T>(logdet);
+      // Where nothing is kept every step but the first works on y in place.
+      if (i && !keep) o.x = out<T>(y);
+      o.y = keep && i + 1 < steps.size() ? const_cast<T*>(steps[i + 1].x) : out<T>(y);
+      scratch = std::max(scratch, PYFLOWGEN_CALL(mlp_coupling_workspace<T>, o));
+    }
+    const int64_t blocks = (call.x.count + mlp_block_rows - 1) / mlp_block_rows;
+    const int64_t parts = std::min(call.threads(), blocks);
+    in_threads(parts, [&](int64_t part) {
+      T* const space = workspace<T>(scratch, 0);
+      for (const MlpCoupling<T>& o : steps)
+        PYFLOWGEN_CALL(mlp_coupling<T>, o, blocks * part / parts, blocks * (part + 1) / parts, space);
+    });
   };
-  x.scalar_type() == ScalarType::Float ? run.operator()<float>() : run.operator()<double>();
+  if (call.x.count) x.scalar_type() == ScalarType::Float ? run.operator()<float>() : run.operator()<double>();
   return {y, logdet, saved};
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
     std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor x, std::optional<Tensor> context,
-    std::vector<Tensor> weights, std::vector<Tensor> biases, std::optional<Tensor> mask, Tensor saved,
-    int64_t activation, int64_t same_start, int64_t same_step, int64_t start, int64_t step, int64_t scale, double clamp,
-    bool shift_first, bool inverse, int64_t layout, bool need_input, bool need_parameters) {
-  const Call call(x, context, std::move(weights), std::move(biases), mask, activation, same_start, same_step, start,
-                  step, scale, clamp, shift_first, inverse, layout);
-  STD_TORCH_CHECK(saved.numel() == saved_size(call) && saved.scalar_type() == x.scalar_type() && saved.is_contiguous(),
+    std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> masks, std::vector<Tensor> indices,
+    std::vector<Tensor> log_scales, std::vector<Tensor> shifts, Tensor saved, std::vector<int64_t> options,
+    std::vector<double> clamps, bool need_input, bool need_parameters) {
+  const Call call({x, context, std::move(weights), std::move(biases), std::move(masks), std::move(indices),
+                   std::move(log_scales), std::move(shifts), std::move(options), std::move(clamps)});
+  STD_TORCH_CHECK(saved.numel() == call.saved && saved.scalar_type() == x.scalar_type() && saved.is_contiguous(),
                   "mlp_coupling_backward: saved is not what the forward pass kept for these arguments");
   STD_TORCH_CHECK(!dy || (dy->numel() == x.numel() && dy->dim() == x.dim() && dy->scalar_type() == x.scalar_type()),
                   "mlp_coupling_backward: dy has shape ", dy ? shape_of(*dy) : "", ", expected x's ", shape_of(x));
@@ -183,46 +274,65 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
                   ", expected the batch's");
   const Tensor dx = empty(x.sizes().data(), x.dim(), x);
   const Tensor dcontext = context && need_input ? empty(context->sizes().data(), context->dim(), x) : empty({0}, x);
-  std::vector<Tensor> gradients;
-  for (size_t i = 0; i < call.weights.size(); ++i) {
-    const int64_t sizes[] = {call.weights[i].size(0), call.weights[i].size(1)};
-    gradients.push_back(need_parameters ? empty(sizes, 2, x) : empty({0}, x));
-    gradients.push_back(empty({need_parameters ? call.biases[i].numel() : 0}, x));
-  }
+  std::vector<Tensor> gradients;  // like weights, biases, log_scales, shifts
+  for (const auto* list : {&call.a.weights, &call.a.biases, &call.a.log_scales, &call.a.shifts})
+    for (const Tensor& t : *list)
+      gradients.push_back(need_parameters ? empty(t.sizes().data(), t.dim(), x) : empty({0}, x));
+  const Tensor* const dweights = gradients.data();
+  const Tensor* const dbiases = dweights + call.a.weights.size();
+  const Tensor* const dlog_scales = dbiases + call.a.biases.size();
+  const Tensor* const dshifts = dlog_scales + call.a.log_scales.size();
   const auto run = [&]<class T>() {
     const T zero{};
-    MlpCouplingBackward<T> b{};
-    b.forward = call.contract<T>();
-    b.forward.saved = out<T>(saved);
-    b.dy = &zero, b.dlogdet = &zero;
+    const auto prepared = call.prepared<T>();
+    const auto forwards = call.contracts<T>(prepared, out<T>(saved));
+    const int64_t groups = mlp_coupling_groups(call.x.count), parts = std::min(call.threads(), groups);
     std::optional<Rows> rows;
-    if (dy) {
-      rows = rows_of(*dy, call.channels);
-      b.dy = data<T>(rows->x), b.dy_strides = {rows->stride, 1, 0};
+    if (dy) rows = rows_of(*dy, call.channels);
+    if (dlogdet && !joint_stride(*dlogdet, 0, dlogdet->dim())) dlogdet = torch::stable::contiguous(*dlogdet);
+    std::vector<MlpCouplingBackward<T>> steps(forwards.size());
+    int64_t scratch = 0, sums = 0;
+    bool conditioned = false;
+    for (size_t i = steps.size(); i-- > 0;) {  // as they are taken
+      MlpCouplingBackward<T>& b = steps[i];
+      const Step& s = call.steps[i];
+      b.forward = forwards[i];
+      if (i + 1 < steps.size()) b.dy = out<T>(dx), b.dy_strides = {call.channels, 1, 0};
+      else if (rows) b.dy = data<T>(rows->x), b.dy_strides = {rows->stride, 1, 0};
+      else b.dy = &zero;
+      b.dlogdet = dlogdet ? data<T>(*dlogdet) : &zero;
+      b.dlogdet_stride = dlogdet ? *joint_stride(*dlogdet, 0, dlogdet->dim()) : 0;
+      b.need_input = need_input || i > 0, b.need_parameters = need_parameters;
+      b.dx = out<T>(dx);
+      if (s.layers) {
+        b.dcontext = dcontext.numel() ? out<T>(dcontext) : nullptr;
+        b.add_dcontext = conditioned, conditioned = true;
+      }
+      for (int64_t l = 0; l < s.layers; ++l) {
+        b.dweight[l] = out<T>(dweights[s.weight + size_t(l)]);
+        const Tensor& dbias = dbiases[s.weight + size_t(l)];
+        b.dbias[l] = dbias.numel() ? out<T>(dbias) : nullptr;
+      }
+      b.dscale = s.scaled ? out<T>(dlog_scales[s.log_scale]) : nullptr;
+      b.dshift = s.shifted ? out<T>(dshifts[s.shift]) : nullptr;
+      scratch = std::max(scratch, PYFLOWGEN_CALL(mlp_coupling_backward_workspace<T>, b.forward));
+      if (need_parameters) sums += groups * PYFLOWGEN_CALL(mlp_coupling_sums<T>, b.forward);
     }
-    if (dlogdet) {
-      if (!joint_stride(*dlogdet, 0, dlogdet->dim())) dlogdet = torch::stable::contiguous(*dlogdet);
-      b.dlogdet = data<T>(*dlogdet), b.dlogdet_stride = *joint_stride(*dlogdet, 0, dlogdet->dim());
+    T* space_of_sums = need_parameters ? workspace<T>(sums, 1) : nullptr;
+    for (MlpCouplingBackward<T>& b : steps) {
+      b.sums = space_of_sums;
+      if (need_parameters) space_of_sums += groups * PYFLOWGEN_CALL(mlp_coupling_sums<T>, b.forward);
     }
-    b.need_input = need_input, b.need_parameters = need_parameters;
-    b.dx = out<T>(dx), b.dcontext = dcontext.numel() ? out<T>(dcontext) : nullptr;
-    int64_t parameter_rows = 0;
-    for (int64_t i = 0; i < b.forward.layers; ++i) {
-      b.dweight[i] = out<T>(gradients[2 * i]);
-      b.dbias[i] = gradients[2 * i + 1].numel() ? out<T>(gradients[2 * i + 1]) : nullptr;
-      parameter_rows += b.forward.size[i + 1];
-    }
-    const int64_t groups = mlp_coupling_groups(b.forward.rows), parts = std::min(call.threads(), groups);
-    if (need_parameters) b.sums = workspace<T>(groups * PYFLOWGEN_CALL(mlp_coupling_sums<T>, b.forward), 1);
-    const int64_t scratch = PYFLOWGEN_CALL(mlp_coupling_backward_workspace<T>, b.forward);
-    in_threads(parts, [&](int64_t i) {
-      PYFLOWGEN_CALL(mlp_coupling_backward<T>, b, groups * i / parts, groups * (i + 1) / parts,
-                     workspace<T>(scratch, 0));
+    in_threads(parts, [&](int64_t part) {
+      T* const space = workspace<T>(scratch, 0);
+      for (size_t i = steps.size(); i-- > 0;)
+        PYFLOWGEN_CALL(mlp_coupling_backward<T>, steps[i], groups * part / parts, groups * (part + 1) / parts, space);
     });
     if (need_parameters)
-      in_threads(parts, [&](int64_t i) {
-        PYFLOWGEN_CALL(mlp_coupling_reduce<T>, b, parameter_rows * i / parts, parameter_rows * (i + 1) / parts);
+      in_threads(parts, [&](int64_t part) {
+        for (const auto& b : steps) PYFLOWGEN_CALL(mlp_coupling_reduce<T>, b, part, parts);
       });
+    if (dcontext.numel() && !conditioned) torch::stable::zero_(const_cast<Tensor&>(dcontext));
   };
   if (call.x.count) {
     x.scalar_type() == ScalarType::Float ? run.operator()<float>() : run.operator()<double>();

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pyflowgen import _native
+from pyflowgen import _native, coupling
 from pyflowgen.ops import affine_coupling as affine
 from pyflowgen.ops import linear as product
 from pyflowgen.ops.affine_coupling import Order, Scale
@@ -298,6 +298,109 @@ def _differentiable(options, tensors, parameters, needs, dy, dlogdet):  # type: 
         )
     )  # fmt: skip
     return [next(grads) if need else None for need in wanted]
+
+
+# -------------------------------------------------------------------------------------------------------- layers
+# Above so many weights the sums of their gradients, one set for every 256 rows, outgrow the caches.
+_LARGEST = 1 << 20
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[Tensor | None], str] | None:
+    """(weights, biases, activation) of a plain perceptron, of ours or an `nn.Sequential`; else None.
+
+    A layer with hooks, a parametrisation or a class of its own is more than its weight, and runs by itself.
+    """
+    find = getattr(conditioner, "perceptron", None)
+    net = find() if find is not None else conditioner if not context else None
+    if type(net) is not nn.Sequential or _hooked(conditioner) or _hooked(net):
+        return None
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    after: list[str] = []  # the activation after each
+    for module in net._modules.values():
+        kind = type(module)
+        if kind is product.Linear or kind is nn.Linear:
+            weights.append(module.weight)
+            biases.append(module.bias)
+            after.append(module.activation if kind is product.Linear else "none")
+        elif kind in _ACTIVATIONS and after and after[-1] == "none":
+            if kind is nn.LeakyReLU and module.negative_slope != 0.01:
+                return None
+            after[-1] = _ACTIVATIONS[kind]
+        else:
+            return None
+        if _hooked(module):
+            return None
+    if not 1 <= len(weights) <= _MOST_LAYERS or after[-1] != "none" or len(set(after[:-1])) > 1:
+        return None
+    return weights, biases, after[0]
+
+
+def _whole_layer(
+    layer: coupling.Coupling, x: Tensor, context: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor] | None:
+    kind = type(layer)
+    if kind is affine.AffineCoupling:
+        name, clamp, shift_first, layout = layer.scale, layer.clamp, layer.order == "shift_scale", layer.layout
+        if layout == "pairs":
+            return None
+        scale = affine._SCALES.index(name)
+        clamp = affine._DEFAULT_CLAMP.get(name, 0.0) if clamp is None else float(clamp)
+        code = affine._LAYOUTS.index(layout)
+    elif kind is affine.AdditiveCoupling:
+        scale, clamp, shift_first, code = 0, 0.0, False, 1
+    else:
+        return None
+    if product._PLAIN or not runs(x, "relu") or x.dim() == 0:
+        return None
+    found = _layers(layer.conditioner, context is not None)
+    if found is None:
+        return None
+    weights, biases, activation = found
+    if activation not in product._FUSED or sum(w.numel() for w in weights) > _LARGEST:
+        return None
+    channels, mask = x.shape[-1], None
+    if layer.mask == "tensor":
+        mask, conditioning, transformed = layer.transformed, channels, channels
+        same, part = (0, 1), (0, 1)
+        if mask.shape != (channels,):
+            return None
+    elif layer.mask == "interleaved":
+        odd, even = channels // 2, channels - channels // 2
+        same, part = ((1, 2), (0, 2)) if layer.swap else ((0, 2), (1, 2))
+        conditioning, transformed = (odd, even) if layer.swap else (even, odd)
+    else:
+        first, second = channels - channels // 2, channels // 2
+        same, part = ((first, 1), (0, 1)) if layer.swap else ((0, 1), (first, 1))
+        conditioning, transformed = (second, first) if layer.swap else (first, second)
+    last = weights[-1]
+    if (
+        weights[0].shape[1] != conditioning + (0 if context is None else context.shape[-1])
+        or last.shape[0] != (2 * transformed if scale else transformed)
+        or last.dtype is not x.dtype
+        or (context is not None and (context.dtype is not x.dtype or context.dim() != x.dim()))
+    ):
+        return None  # layer by layer, which finds the words for what does not fit
+    return run(
+        x, weights, biases, context, mask,
+        (product._FUSED[activation], *same, *part, scale, clamp, shift_first, inverse, code),
+    )  # fmt: skip
+
+
+coupling.whole_layer = _whole_layer
 
 
 # -------------------------------------------------------------------------------------------------------- fake
