@@ -82,7 +82,9 @@ class Bijection(nn.Module):
         """Noise to data: `(x, log|det dx/dy|)`."""
         raise NotImplementedError(f"{type(self).__name__} defines no inverse")
 
-    def rebuild(self, y: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def rebuild(
+        self, y: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`(x, y, logdet)` from `y` alone: `x` a new leaf, the others evaluated from it with gradients.
 
         What a backward pass without stored inputs asks of a layer. `inverse=True`: of its inverse. A layer that spends
@@ -111,18 +113,20 @@ class Chain(Bijection):
 
     Args:
         bijections: the maps, in the order in which `forward` applies them.
-        memory: `"store"` keeps what backward needs of every layer. `"recompute"` keeps the input and the output; backward
-            rebuilds each layer's input from its output by the inverse, so that the memory of activations does not grow
-            with depth. Gradients then carry the rounding errors of the way back, which checkpoints bound.
-        checkpoint_every: with `"recompute"`, keep every k-th layer's input too, and go on from there; 1 keeps all inputs
-            but none of what the layers compute inside; None keeps none.
+        memory: `"store"` keeps what backward needs of every layer. `"recompute"` keeps the input and the output, and
+            backward rebuilds each layer's input from its output by the inverse, so that the memory of activations does
+            not grow with depth. Gradients then carry the rounding errors of the way back, which checkpoints bound.
+        checkpoint_every: with `"recompute"`, keep every k-th layer's input too, and go on from there; 1 keeps all
+            inputs but nothing from inside the layers; None keeps none.
 
     `"recompute"` evaluates each layer twice, so the layers' forward hooks run twice, and their backward hooks in the
-    second evaluation. Nested chains are taken apart; their own hooks do not run. Layers that draw random numbers
-    (`Dequantize`, dropout, batch normalisation in training) and integer data are stored; so are 16-bit inputs of
-    layers, which hold too few digits for the way back, and those of layers without an `exact_inverse`. Under
-    `torch.no_grad`, `torch.compile` and `torch.func` nothing changes, and `create_graph=True` evaluates all once more and
-    stores it. Tensors that a layer takes from elsewhere than its parameters and the context get no gradient.
+    second evaluation. Nested chains are taken apart; their own hooks do not run. What cannot be evaluated twice is
+    stored: layers that draw random numbers (`Dequantize`, dropout), batch normalisation in training, parameters with
+    gradient hooks, integer data. So
+    are 16-bit inputs of layers, which hold too few digits for the way back, and those of layers without an
+    `exact_inverse`. Under `torch.no_grad`, `torch.compile` and `torch.func` nothing changes, and `create_graph=True`
+    evaluates all once more and stores it. A layer may use its own parameters and the context, no other tensor that
+    needs a gradient; parameters must not change between forward and backward. Both raise a RuntimeError in backward.
 
     Reference: Gomez, Ren, Urtasun and Grosse, *The Reversible Residual Network*, 2017.
 
@@ -229,7 +233,9 @@ class Inverse(Bijection):
         x, logdet = self.bijection(y, context)
         return x, logdet
 
-    def rebuild(self, y: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    def rebuild(
+        self, y: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return self.bijection.rebuild(y, context, inverse=not inverse)
 
     @property

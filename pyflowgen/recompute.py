@@ -6,6 +6,7 @@ What `Chain(..., memory="recompute")` runs; see there for what it promises.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ def _parameters(layer: Bijection) -> list[_Slot] | None:
             return None
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad:
-                if not isinstance(p, nn.Parameter):  # torch.func.functional_call: another tensor stands in for it
+                # torch.func.functional_call: another tensor stands in for it; a gradient hook must run once
+                if not isinstance(p, nn.Parameter) or p._backward_hooks:
                     return None
                 slots.append((module._parameters, name, p))
     return slots
@@ -127,22 +129,20 @@ class _Recompute(torch.autograd.Function):
                     "expected the same parameters, or memory='store'"
                 )
         if torch.is_grad_enabled():  # create_graph=True: the gradient's own graph needs all that is between
-            inputs = [
-                t for t, need in ((start, needs_x), (context, needs_context)) if need
-            ] + list(ctx.place)
+            inputs = [t for t, need in ((start, needs_x), (context, needs_context)) if need] + list(ctx.place)
             with _as_before(ctx):
                 outputs = compose(ctx.steps, start, context)
             pairs = [(o, g) for o, g in zip(outputs, (dy, dtotal), strict=True) if o.requires_grad]
-            found = iter(
+            again = iter(
                 torch.autograd.grad(
                     [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
                 )
             )
-            dx, dcontext = (next(found) if need else None for need in (needs_x, needs_context))
-            return None, dx, dcontext, *found
+            return None, *(next(again) if need else None for need in (needs_x, needs_context)), *again
 
         leaf = context.detach().requires_grad_() if needs_context else context
-        dcontext, grads = None, [None] * len(ctx.place)
+        dcontext: Tensor | None = None
+        grads: list[Tensor | None] = [None] * len(ctx.place)
         for i in range(len(ctx.steps) - 1, -1, -1):
             step, own = ctx.steps[i], [p for _, _, p in ctx.slots[i]]
             wants = [i > 0 or needs_x, needs_context]
@@ -154,10 +154,13 @@ class _Recompute(torch.autograd.Function):
                     out, logdet = apply(step, x, leaf)
                 else:
                     x, out, logdet = step[0].rebuild(y, leaf, inverse=step[1])
+            if step[0] not in _known:
+                _refuse_foreign(step[0], (out, logdet), {x, leaf, *own})
+                _known.add(step[0])
             pairs = [(out, dy), (logdet, dtotal)]
             pairs = [(o, g.sum_to_size(o.shape).to(o.dtype)) for o, g in pairs if o.requires_grad]
-            inputs = [t for t, want in zip((x, leaf), wants, strict=True) if want] + own
-            found = iter(
+            inputs = [t for t, want in zip((x, leaf), wants, strict=True) if t is not None and want] + own
+            found: Iterator[Tensor | None] = iter(
                 torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], allow_unused=True)
                 if pairs
                 else [None] * len(inputs)
@@ -172,6 +175,28 @@ class _Recompute(torch.autograd.Function):
             del out, logdet, pairs, inputs
             y = x.detach()
         return None, dy if needs_x else None, dcontext, *grads
+
+
+#: Layers that were seen to use nothing but their input, their parameters and the context.
+_known: weakref.WeakSet[Bijection] = weakref.WeakSet()
+
+
+def _refuse_foreign(layer: Bijection, outputs: Sequence[Tensor], own: set[Tensor | None]) -> None:
+    """RuntimeError where outputs hang on a tensor whose gradient would be lost."""
+    todo = [o.grad_fn for o in outputs if o.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and variable not in own:
+            raise RuntimeError(
+                f"Chain: {type(layer).__name__} uses a tensor of shape {tuple(variable.shape)} that needs a gradient "
+                "and is no parameter of it; make it one, pass it as context, or use memory='store'"
+            )
+        for after, _ in node.next_functions:
+            if after is not None and after not in seen:
+                seen.add(after)
+                todo.append(after)
 
 
 def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -60,7 +60,7 @@ WITHOUT = {
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.
 SHARED = {"csrc/cpu/gemm.simd.cpp", "csrc/cpu/isa.cpp", "csrc/module.cpp", "kernels/tile.py", "kernels/elementary.py"}
-SYSTEMS = {"benchmarks/bench_realnvp.py"}
+SYSTEMS = {"benchmarks/bench_realnvp.py", "benchmarks/bench_memory.py"}
 
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
 
