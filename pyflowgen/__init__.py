@@ -22,6 +22,7 @@ from pyflowgen.layers import Scale as Scale
 from pyflowgen.layers import Squeeze as Squeeze
 from pyflowgen.nets import MLP as MLP
 from pyflowgen.nets import ConvResNet as ConvResNet
+from pyflowgen.nets import ResidualMLP as ResidualMLP
 from pyflowgen.ops.affine_coupling import AdditiveCoupling as AdditiveCoupling
 from pyflowgen.ops.affine_coupling import AffineCoupling as AffineCoupling
 from pyflowgen.ops.affine_coupling import affine_coupling as affine_coupling

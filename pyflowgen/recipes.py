@@ -14,7 +14,7 @@ import torch
 
 from pyflowgen.data import Dataset, load
 from pyflowgen.flow import Flow
-from pyflowgen.models import NICE, RealNVP
+from pyflowgen.models import NICE, NSF, RealNVP
 from pyflowgen.train import BEST, CHECKPOINT, RunError, TrainConfig, read_config, read_tensors
 
 
@@ -50,7 +50,7 @@ def _nice(data: Dataset) -> dict[str, Any]:
     return {"features": data.event_shape[0], "hidden": (300,) * 3, "activation": "leaky_relu"}
 
 
-def _realnvp(data: Dataset) -> dict[str, Any]:
+def _on_reals(data: Dataset) -> dict[str, Any]:
     # pixels lie in [0, 1]; a logit takes them to the real line
     return {"event_shape": data.event_shape, "alpha": 0.05 if data.levels is not None else None}
 
@@ -66,7 +66,14 @@ RECIPES: dict[str, Recipe] = {
     # 1197 digits are few: averaging the weights and stopping early keep them from being learned by heart
     "realnvp": Recipe(
         RealNVP,
-        _realnvp,
+        _on_reals,
+        train={"epochs": 50, "ema": 0.99, "patience": 15},
+        by_data={"digits": {"epochs": 40, "lr": 3e-3}},
+    ),
+    "nsf": Recipe(
+        NSF,
+        _on_reals,
+        "flat",
         train={"epochs": 50, "ema": 0.99, "patience": 15},
         by_data={"digits": {"epochs": 40, "lr": 3e-3}},
     ),

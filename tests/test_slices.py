@@ -67,7 +67,7 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init
 NAMES = {
     "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
     "Flow", "FlowDistribution", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
-    "Permutation", "Scale", "SplineCoupling", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
+    "Permutation", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
     "linear", "linear_reference", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def exported(path: Path) -> set[str]:
 
 def test_public_names() -> None:
     assert exported(PACKAGE / "__init__.py") == NAMES
-    assert exported(PACKAGE / "models/__init__.py") == {"NICE", "RealNVP"}
+    assert exported(PACKAGE / "models/__init__.py") == {"NICE", "NSF", "RealNVP"}
     for op in OPS:  # function and reference of every op, with one signature
         function, reference = getattr(pyflowgen, op), getattr(pyflowgen, f"{op}_reference")
         assert inspect.signature(function) == inspect.signature(reference)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pyflowgen.bijection import CHECKPOINT_EVERY, Bijection, Chain, Memory
 from pyflowgen.coupling import Mask
 from pyflowgen.flow import DiagNormal, Flow
-from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Squeeze
+from pyflowgen.layers import ActNorm, MultiScale, Squeeze
+from pyflowgen.models.parts import Mixing, check_mixing, mixing, to_reals
 from pyflowgen.nets import MLP, ConvResNet
 from pyflowgen.ops.affine_coupling import AffineCoupling
 from pyflowgen.ops.affine_coupling import Scale as ScaleMap
@@ -68,7 +69,7 @@ class RealNVP(Flow):
         scale: ScaleMap = "tanh",
         clamp: float | None = None,
         actnorm: bool = True,
-        permutation: Literal["random", "reverse", "none"] = "random",
+        permutation: Mixing = "random",
         alpha: float | None = None,
         levels: int | None = None,
         activation: str = "relu",
@@ -82,13 +83,8 @@ class RealNVP(Flow):
         n = len(shape)
         if n not in (1, 3) or min(shape) < 1 or (n == 1 and shape[0] < 2):
             raise ValueError(f"RealNVP: event_shape is {shape}, expected (features,) of at least 2, or (C, H, W)")
-        if permutation not in ("random", "reverse", "none"):
-            raise ValueError(f"RealNVP: permutation is {permutation!r}, expected 'random', 'reverse' or 'none'")
-        layers: list[Bijection] = []
-        if levels is not None:
-            layers.append(Dequantize(levels, event_dim=n))
-        if alpha is not None:
-            layers.append(Logit(alpha, event_dim=n))
+        check_mixing(permutation, "RealNVP")
+        layers = to_reals(levels, alpha, n)
 
         def step(c: int, mask: Mask, swap: bool) -> list[Bijection]:
             """ActNorm and coupling on `c` channels; the transformed part and what is conditioned on by `mask`."""
@@ -115,12 +111,8 @@ class RealNVP(Flow):
             if couplings < 1:
                 raise ValueError(f"RealNVP: couplings is {couplings}, expected at least 1")
             for i in range(couplings):
-                if i and i % 2 == 0 and permutation != "none":
-                    layers.append(
-                        Permutation.reverse(shape[0])
-                        if permutation == "reverse"
-                        else Permutation.random(shape[0], seed=seed * 1000 + i)
-                    )
+                if i and i % 2 == 0:
+                    layers += mixing(permutation, shape[0], seed * 1000 + i)
                 layers += step(shape[0], "halves", swap=bool(i % 2))
         else:
             if scales < 1 or any(s % 2 ** (scales - 1) for s in shape[1:]):
