@@ -3,9 +3,9 @@
 // contract between the adapter that knows tensors and the kernels that do not. T is float or double.
 //
 // Rows go through a step in blocks: a block's activations and the packed weights stay in cache from the first product
-// to the transform, and a thread takes its rows through all steps without waiting for another. The backward pass goes by
-// groups of rows, each with sums of its own that are added in order at the end, so that results depend neither on the
-// number of threads nor on who took what.
+// to the transform, and a thread takes its rows through all steps without waiting for another. The backward pass goes
+// by groups of rows, each with sums of its own that are added in order at the end, so that results depend neither on
+// the number of threads nor on who took what.
 #pragma once
 
 #include <cstdint>
@@ -47,13 +47,13 @@ template <class T> struct MlpCoupling {
   T* y;                    // [rows][channels]
   T* logdet;               // [rows]
   bool add_logdet;         // to what is there
-  T* saved;                // for the backward pass or null: every hidden layer [rows][size], then parameters [rows][size]
+  T* saved;  // for the backward pass or null: every hidden layer [rows][size], then parameters [rows][size]
 };
 
 template <class T> struct MlpCouplingBackward {
   MlpCoupling<T> forward;  // y, logdet null
   const T* dy;             // may be dx
-  Strides dy_strides;  // (rows, channels, 0), strides 0 at a zero when there is none
+  Strides dy_strides;      // (rows, channels, 0), strides 0 at a zero when there is none
   const T* dlogdet;
   int64_t dlogdet_stride;  // (rows); likewise
   bool need_input, need_parameters;

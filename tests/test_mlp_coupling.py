@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from check_op import Op, Sample, op_tests
-from torch import Tensor
+from torch import Tensor, nn
 
+import pyflowgen
 from pyflowgen import mlp_coupling, mlp_coupling_reference
 from pyflowgen.ops import affine_coupling as affine
 from pyflowgen.ops import linear as product
@@ -52,7 +53,9 @@ def sample(
 
 def samples() -> list[Sample]:
     result = []
-    for activation, inverse in itertools.product(("relu", "leaky_relu", "silu", "tanh", "sigmoid", "none"), (False, True)):
+    for activation, inverse in itertools.product(
+        ("relu", "leaky_relu", "silu", "tanh", "sigmoid", "none"), (False, True)
+    ):
         options: dict[str, Any] = dict(activation=activation, inverse=inverse, scale="tanh")
         result.append(sample(f"{activation}-{inverse}", (70,), 9, 5, [33, 17], 8, **options))
     for scale in (None, "exp", "sigmoid", "softclip"):
@@ -177,3 +180,138 @@ def test_round_trip(inverse: bool) -> None:
     back, minus = call(mlp_coupling)(y, *s.tensors[1:], **s.options, inverse=not inverse)
     torch.testing.assert_close(back, s.tensors[0], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(minus, -logdet)
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+def operators(function: Any) -> list[str]:
+    """Names of the coupling operators that run, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    return [e.name.removeprefix("pyflowgen::") for e in profile.events() if e.name.startswith("pyflowgen::")]
+
+
+def net(n_in: int, n_out: int, context: int = 0, **options: Any) -> pyflowgen.MLP:
+    return pyflowgen.MLP(n_in, [13, 9], n_out, context_features=context, zero_init_last=False, **options)
+
+
+def chain(context: int = 0) -> pyflowgen.Chain:
+    """Every kind of layer that goes into the operator, some twice in a row."""
+    mask = torch.arange(7) % 3 == 0
+    layers: list[Any] = [
+        pyflowgen.Permutation.random(7, seed=0),
+        pyflowgen.ActNorm(7),
+        pyflowgen.AffineCoupling(net(4, 6, context), scale="tanh"),
+        pyflowgen.AffineCoupling(net(3, 8, context, activation="silu"), swap=True, order="shift_scale"),
+        pyflowgen.ActNorm(7),
+        pyflowgen.Permutation.reverse(7),
+        pyflowgen.Permutation.random(7, seed=1),
+        pyflowgen.AdditiveCoupling(net(7, 7, context, activation="tanh"), mask=mask),
+        pyflowgen.AffineCoupling(net(4, 6, context), mask="interleaved", layout="interleaved", scale="softclip"),
+        pyflowgen.Scale(7),
+        pyflowgen.ActNorm(7),
+    ]
+    result = pyflowgen.Chain(*layers).double()
+    result(normal(100, 7), normal(100, context) if context else None)  # sets the data-dependent layers
+    generator = torch.Generator().manual_seed(3)
+    for p in result.parameters():
+        p.data += 0.2 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return result
+
+
+@pytest.mark.parametrize("context", [0, 2])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_run_of_layers_is_one_operator(context: int, inverse: bool) -> None:
+    flow = chain(context)
+    inputs = [normal(300, 7).requires_grad_(), *([normal(300, context, seed=5).requires_grad_()] if context else [])]
+
+    def evaluate() -> list[Tensor]:
+        y, logdet = (flow.inverse if inverse else flow)(*inputs)
+        loss = (y * torch.arange(7)).sum() + (logdet * torch.linspace(-1, 2, 300)).sum()
+        return [y, logdet, *torch.autograd.grad(loss, [*inputs, *flow.parameters()])]
+
+    assert operators(evaluate) == ["mlp_coupling", "mlp_coupling_backward"]
+    with pyflowgen.reference_path():
+        want = evaluate()
+    for got, expected in zip(evaluate(), want, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-9)
+    with torch.no_grad():
+        assert operators(lambda: flow(*inputs)) == ["mlp_coupling"]
+        torch.testing.assert_close((flow.inverse if inverse else flow)(*inputs)[0], want[0])
+
+
+def test_a_run_of_layers_twice_differentiable() -> None:
+    flow, x = chain(), normal(3, 7).requires_grad_()
+    assert torch.autograd.gradcheck(flow, x)
+    assert torch.autograd.gradgradcheck(flow, x)
+    parameters = [p for p in flow.parameters() if p.dim() == 1][:5]
+    assert torch.autograd.gradcheck(lambda *p: flow(x), parameters)
+
+
+def test_a_run_gives_the_same_on_one_core_and_two() -> None:
+    flow, results, threads = chain().float(), [], torch.get_num_threads()
+    x = normal(900, 7).float().requires_grad_()
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            y, logdet = flow(x)
+            results.append([y, logdet, *torch.autograd.grad(y.sum() + logdet.sum(), [x, *flow.parameters()])])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_is_more_than_a_perceptron_runs_by_itself() -> None:
+    x = normal(100, 6).float()
+    seen: list[Any] = []
+
+    def layer(conditioner: nn.Module) -> pyflowgen.AffineCoupling:
+        return pyflowgen.AffineCoupling(conditioner)
+
+    plain = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
+    assert operators(lambda: layer(plain)(x))[:1] == ["mlp_coupling"]
+    hooked = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
+    hooked[2].register_forward_hook(lambda *_: seen.append(1))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 6))
+    dropped = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 6))
+    mixed = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6))
+    slope = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 6))
+    ended = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh())
+
+    class Own(pyflowgen.MLP):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            return super().forward(x, context) + 1
+
+    for conditioner in (hooked, normed, dropped, mixed, slope, ended, Own(3, [8], 6)):
+        assert "mlp_coupling" not in operators(lambda c=conditioner: layer(c)(x))
+        dropped.eval()
+        y, logdet = layer(conditioner)(x)
+        want = pyflowgen.affine_coupling(x, conditioner(x[:, :3]), layout="halves", part=(3, 1))
+        torch.testing.assert_close((y, logdet), want)
+    assert seen
+    watched = layer(plain)
+    watched.register_forward_hook(lambda *_: seen.append(2))
+    pyflowgen.Chain(watched, layer(plain))(x)
+    assert seen[-1] == 2
+
+
+def test_changed_parameters_are_seen() -> None:
+    """Nothing of a weight is kept between calls, and a change between forward and backward is an error."""
+    layer, x = pyflowgen.AffineCoupling(net(3, 6)), normal(50, 6).float()
+    before = layer(x)[0]
+    with torch.no_grad():
+        layer.conditioner.layers[0].weight.data[0, 0] += 10
+    assert not torch.equal(before, layer(x)[0])
+    y, _ = layer(x)
+    with torch.no_grad():
+        layer.conditioner.layers[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_first_batch_sets_actnorm() -> None:
+    flow = pyflowgen.Chain(pyflowgen.ActNorm(4), pyflowgen.AffineCoupling(net(2, 4)))
+    x = 3 + 2 * normal(500, 4).float()
+    assert operators(lambda: flow(x))[:1] == ["mlp_coupling"]  # the coupling alone
+    assert flow[0].initialized
+    z = (flow[0](x)[0]).detach()
+    assert z.mean(0).abs().max() < 1e-5 and (z.std(0) - 1).abs().max() < 1e-2

@@ -27,6 +27,11 @@ template <Activation kind, class T> struct StoreActivated {
     if (o.before) store_first<T>(o.before + m * o.out + n, v, count);
     store_first<T>(o.y + m * o.out + n, activate<kind>(v), count);
   }
+  PYFLOWGEN_INLINE Target<T> target(int64_t m, int64_t n) const
+    requires(kind == Activation::relu)  // which keeps its result, not its argument
+  {
+    return {o.y + m * o.out + n, o.out, o.bias ? o.bias + n : nullptr, 0, Finish::add_relu};
+  }
 };
 
 template <class T> struct StoreTransposed {

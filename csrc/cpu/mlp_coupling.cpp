@@ -14,7 +14,9 @@ namespace {
 
 // A thread's scratch, kept between calls: as fresh memory its page faults would cost as much as a small layer.
 template <class T> T* workspace(int64_t elements, int slot) {
-  struct Free { void operator()(void* p) const { std::free(p); } };
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
   thread_local std::unique_ptr<void, Free> memory[2];
   thread_local size_t capacity[2];
   const size_t bytes = (size_t(elements) * sizeof(T) + 4095) / 4096 * 4096;
@@ -86,8 +88,8 @@ struct Call {
     size_t weight = 0, index = 0, log_scale = 0, shift = 0;
     for (size_t i = 0; i < a.clamps.size(); ++i) {
       const int64_t* o = a.options.data() + options_of_step * i;
-      Step s{o[0], o[1], o[2], o[3], o[4], o[5], o[6], bool(o[7]), bool(o[8]), o[9], bool(o[10]), o[11], bool(o[12]),
-             a.clamps[i], weight, index, log_scale, shift, 0, 0};
+      Step s{o[0],        o[1],  o[2],        o[3],        o[4],   o[5],  o[6],      bool(o[7]), bool(o[8]), o[9],
+             bool(o[10]), o[11], bool(o[12]), a.clamps[i], weight, index, log_scale, shift,      0,          0};
       STD_TORCH_CHECK(0 <= s.layers && s.layers <= mlp_max_layers && weight + size_t(s.layers) <= a.weights.size(), op,
                       ": takes up to ", mlp_max_layers, " layers a step, and the weights of all");
       weight += size_t(s.layers), index += s.permuted, log_scale += s.scaled != 0, shift += s.shifted;
@@ -115,8 +117,8 @@ struct Call {
   }
 
   void check_channels(Tensor& t, const char* name) const {
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == a.x.scalar_type(), "mlp_coupling: ",
-                    name, " has shape ", shape_of(t), ", expected (", channels, ",) of x's dtype");
+    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels && t.scalar_type() == a.x.scalar_type(),
+                    "mlp_coupling: ", name, " has shape ", shape_of(t), ", expected (", channels, ",) of x's dtype");
     t = dense(t);
   }
 
@@ -141,10 +143,9 @@ struct Call {
     STD_TORCH_CHECK(0 <= s.scale && s.scale <= int64_t(AffineScale::softplus), op, ": there is no scale ", s.scale);
     STD_TORCH_CHECK(s.layout == 1 || s.layout == 2, op, ": layout must be halves or interleaved");
     const int64_t count = s.scale ? in / 2 : in;
-    STD_TORCH_CHECK(in % (s.scale ? 2 : 1) == 0 && s.start >= 0 && s.step >= 1 &&
-                        s.start + (count - 1) * s.step < channels,
-                    op, ": ", in, " parameters from channel ", s.start, " by ", s.step, " do not fit ", channels,
-                    " channels");
+    STD_TORCH_CHECK(
+        in % (s.scale ? 2 : 1) == 0 && s.start >= 0 && s.step >= 1 && s.start + (count - 1) * s.step < channels, op,
+        ": ", in, " parameters from channel ", s.start, " by ", s.step, " do not fit ", channels, " channels");
     STD_TORCH_CHECK(s.conditioning >= 1 && s.same_start >= 0 && s.same_step >= 1 &&
                         s.same_start + (s.conditioning - 1) * s.same_step < channels,
                     op, ": ", s.conditioning, " conditioning channels from ", s.same_start, " by ", s.same_step,

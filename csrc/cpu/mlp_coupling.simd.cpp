@@ -60,6 +60,11 @@ template <Activation kind, class T> struct StoreHidden {
     if (kept) store_first<T>(kept + m * stride + n, v, count);
     store_first<T>(activated + m * stride + n, activate<kind>(v), count);
   }
+  PYFLOWGEN_INLINE Target<T> target(int64_t m, int64_t n) const
+    requires(kind == Activation::relu)
+  {
+    return {activated + m * stride + n, stride, bias ? bias + n : nullptr, 0, Finish::add_relu};
+  }
 };
 
 template <class T> struct StoreRows {
@@ -82,6 +87,11 @@ template <Activation kind, class T> struct StoreHiddenGradient {
   int64_t stride;
   PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
     store_first<T>(dz + m * stride + n, activate_backward<kind>(v, load_first<T>(kept + m * stride + n, count)), count);
+  }
+  PYFLOWGEN_INLINE Target<T> target(int64_t m, int64_t n) const
+    requires(kind == Activation::relu)
+  {
+    return {dz + m * stride + n, stride, kept + m * stride + n, stride, Finish::relu_backward};
   }
 };
 
@@ -138,12 +148,20 @@ template <class T> AffineCouplingOptions block_options(const MlpCoupling<T>& o, 
   return options;
 }
 
-template <class T>
-void transform(const MlpCoupling<T>& o, const Block<T>& block, const T* parameters, T* logdet) {
+template <class T> void transform(const MlpCoupling<T>& o, const Block<T>& block, const T* parameters, T* logdet) {
   const Strides by_parameter = parameter_strides(o);
-  affine_coupling<T, T>({block_options(o, block.rows), block.x, {block.stride, 1, 0}, parameters, by_parameter,
-                         o.log_scale_offset ? parameters + o.log_scale_offset : nullptr, by_parameter, o.mask,
-                         {0, 1, 0}, o.y + block.first * o.channels, {o.channels, 1, 0}, logdet},
+  affine_coupling<T, T>({block_options(o, block.rows),
+                         block.x,
+                         {block.stride, 1, 0},
+                         parameters,
+                         by_parameter,
+                         o.log_scale_offset ? parameters + o.log_scale_offset : nullptr,
+                         by_parameter,
+                         o.mask,
+                         {0, 1, 0},
+                         o.y + block.first * o.channels,
+                         {o.channels, 1, 0},
+                         logdet},
                         0, block.rows, nullptr);
 }
 
@@ -153,12 +171,26 @@ template <class T> void transform_backward(const MlpCouplingBackward<T>& b, cons
   const MlpCoupling<T>& o = b.forward;
   const Strides by_parameter = parameter_strides(o);
   const int64_t offset = o.log_scale_offset;
-  affine_coupling_backward<T, T>(
-      {block_options(o, block.rows), b.dy + block.first * b.dy_strides.batch, b.dy_strides,
-       b.dlogdet + block.first * b.dlogdet_stride, b.dlogdet_stride, block.x, {block.stride, 1, 0}, parameters,
-       by_parameter, offset ? parameters + offset : nullptr, by_parameter, o.mask, {0, 1, 0}, dx, {o.channels, 1, 0},
-       dparameters, by_parameter, offset ? dparameters + offset : nullptr, by_parameter},
-      0, block.rows, false);
+  affine_coupling_backward<T, T>({block_options(o, block.rows),
+                                  b.dy + block.first * b.dy_strides.batch,
+                                  b.dy_strides,
+                                  b.dlogdet + block.first * b.dlogdet_stride,
+                                  b.dlogdet_stride,
+                                  block.x,
+                                  {block.stride, 1, 0},
+                                  parameters,
+                                  by_parameter,
+                                  offset ? parameters + offset : nullptr,
+                                  by_parameter,
+                                  o.mask,
+                                  {0, 1, 0},
+                                  dx,
+                                  {o.channels, 1, 0},
+                                  dparameters,
+                                  by_parameter,
+                                  offset ? dparameters + offset : nullptr,
+                                  by_parameter},
+                                 0, block.rows, false);
 }
 
 // Whether phi' is taken at phi's argument.
@@ -234,8 +266,7 @@ template <class T> void add_rows(bool add, int64_t rows, int64_t columns, const 
 }
 
 // dx[rows][channels] += and dcontext (+)= the gradient of the conditioner's input.
-template <class T>
-void scatter(const MlpCouplingBackward<T>& b, const Block<T>& block, const T* dinput, T* dx_rows) {
+template <class T> void scatter(const MlpCouplingBackward<T>& b, const Block<T>& block, const T* dinput, T* dx_rows) {
   const MlpCoupling<T>& o = b.forward;
   for (int64_t r = 0; r < block.rows; ++r, dinput += o.size[0]) {
     T* dx = dx_rows + r * o.channels + o.same_start;
@@ -349,8 +380,7 @@ template <class T> void mlp_coupling(const MlpCoupling<T>& o, int64_t begin, int
 
 template <class T> int64_t mlp_coupling_sums(const MlpCoupling<T>& o) {
   int64_t size = prepare_sums(o);
-  for (int64_t i = 0; i < o.layers; ++i)
-    size += weight_sums<T>(o.size[i], o.size[i + 1]) + in_packs<T>(o.size[i + 1]);
+  for (int64_t i = 0; i < o.layers; ++i) size += weight_sums<T>(o.size[i], o.size[i + 1]) + in_packs<T>(o.size[i + 1]);
   return size;
 }
 

@@ -12,16 +12,17 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+import pyflowgen.ops.affine_coupling as affine
+import pyflowgen.ops.linear as product
 from pyflowgen import _native, coupling, recompute
 from pyflowgen.bijection import Bijection
-from pyflowgen.ops import affine_coupling as affine
-from pyflowgen.ops import linear as product
 from pyflowgen.ops.affine_coupling import Order, Scale
 from pyflowgen.ops.linear import Activation
 
 Part = tuple[int, int]
 
 _MOST_LAYERS = 16
+_NAMES: dict[int, Activation] = {code: name for name, code in product._FUSED.items()}  # type: ignore[misc]
 
 
 class Step(NamedTuple):
@@ -41,7 +42,7 @@ class Step(NamedTuple):
     inverse: bool = False
     layout: int = 1
     mask: Tensor | None = None
-    index: Tensor | None = None
+    permutation: Tensor | None = None
     scaled: int = 0  # 1: u exp(log_scale) + shift; -1: (u - shift) exp(-log_scale)
     log_scale: Tensor | None = None
     shift: Tensor | None = None
@@ -49,7 +50,7 @@ class Step(NamedTuple):
     def options(self) -> tuple[int, ...]:
         return (
             len(self.weights), self.activation, *self.same, *self.part, self.scale, self.shift_first, self.inverse,
-            self.layout, self.index is not None, self.scaled, self.shift is not None,
+            self.layout, self.permutation is not None, self.scaled, self.shift is not None,
         )  # fmt: skip
 
 
@@ -93,8 +94,8 @@ def _reference(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tupl
     """The definition of the operator."""
     total = torch.zeros((), dtype=x.dtype).expand(x.shape[:-1])
     for s in steps:
-        if s.index is not None:
-            x = x.index_select(-1, s.index)
+        if s.permutation is not None:
+            x = x.index_select(-1, s.permutation)
         if s.log_scale is not None:
             shift = 0 if s.shift is None else s.shift
             x = x * s.log_scale.exp() + shift if s.scaled > 0 else (x - shift) * (-s.log_scale).exp()
@@ -103,7 +104,7 @@ def _reference(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tupl
             name = affine._SCALES[s.scale]
             x, logdet = mlp_coupling_reference(
                 x, s.weights, s.biases, context, mask=s.mask,
-                activation=next(a for a, code in product._FUSED.items() if code == s.activation),  # type: ignore[arg-type]
+                activation=_NAMES[s.activation],
                 scale=name if s.scale else None,  # type: ignore[arg-type]
                 clamp=s.clamp if name in affine._DEFAULT_CLAMP else None,
                 order="shift_scale" if s.shift_first else "scale_shift", inverse=s.inverse,
@@ -224,7 +225,8 @@ def _operands(x: Tensor, context: Tensor | None, steps: Sequence[Step], paramete
     nothing = x.new_empty(0)
     return (
         x, context, parameters[:n], [nothing if b is None else b for b in parameters[n : 2 * n]],
-        [nothing if s.mask is None else s.mask for s in steps], [s.index for s in steps if s.index is not None],
+        [nothing if s.mask is None else s.mask for s in steps],
+        [s.permutation for s in steps if s.permutation is not None],
         parameters[2 * n : m], parameters[m:], [o for s in steps for o in s.options()], [s.clamp for s in steps],
     )  # fmt: skip
 
@@ -316,7 +318,9 @@ class _MlpCoupling(torch.autograd.Function):
         x, context, saved, *parameters = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-            dx, dcontext, *dparameters = _differentiable(x, context, ctx.steps, parameters, needs, dy, dlogdet)
+            dx, dcontext, *dparameters = _differentiable(  # type: ignore[no-untyped-call]
+                x, context, ctx.steps, parameters, needs, dy, dlogdet
+            )
             return dx, dcontext, None, *dparameters
         operands = _operands(x, context, ctx.steps, parameters)
         dx, dcontext, gradients = torch.ops.pyflowgen.mlp_coupling_backward.default(
@@ -386,12 +390,12 @@ def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[T
     after: list[str] = []  # the activation after each
     for module in net._modules.values():
         kind = type(module)
-        if kind is product.Linear or kind is nn.Linear:
+        if isinstance(module, nn.Linear) and (kind is product.Linear or kind is nn.Linear):
             weights.append(module.weight)
             biases.append(module.bias)
-            after.append(module.activation if kind is product.Linear else "none")
+            after.append(module.activation if isinstance(module, product.Linear) else "none")
         elif kind in _ACTIVATIONS and after and after[-1] == "none":
-            if kind is nn.LeakyReLU and module.negative_slope != 0.01:
+            if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
                 return None
             after[-1] = _ACTIVATIONS[kind]
         else:
@@ -405,14 +409,13 @@ def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[T
 
 def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> Step | None:
     """A coupling layer as a step, when its conditioner is a plain perceptron and all fits; else None."""
-    kind = type(layer)
-    if kind is affine.AffineCoupling:
+    if isinstance(layer, affine.AffineCoupling) and type(layer) is affine.AffineCoupling:
         name, shift_first, layout = layer.scale, layer.order == "shift_scale", layer.layout
         if layout == "pairs":
             return None
         scale, code = affine._SCALES.index(name), affine._LAYOUTS.index(layout)
         clamp = affine._DEFAULT_CLAMP.get(name, 0.0) if layer.clamp is None else float(layer.clamp)
-    elif kind is affine.AdditiveCoupling:
+    elif isinstance(layer, affine.AdditiveCoupling) and type(layer) is affine.AdditiveCoupling:
         scale, clamp, shift_first, code = 0, 0.0, False, 1
     else:
         return None
@@ -448,7 +451,17 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
     ):
         return None  # layer by layer, which finds the words for what does not fit
     return Step(
-        tuple(weights), tuple(biases), product._FUSED[activation], same, part, scale, clamp, shift_first, inverse, code, mask
+        tuple(weights),
+        tuple(biases),
+        product._FUSED[activation],
+        same,
+        part,
+        scale,
+        clamp,
+        shift_first,
+        inverse,
+        code,
+        mask,
     )
 
 
@@ -475,10 +488,10 @@ def _many(
         channelwise = layer.channelwise(x, inverse)
         if channelwise is not None:
             index, scaled, log_scale, shift = channelwise
-            if before is None or before.scaled or (index is not None and before.index is not None):
-                steps.append(Step(index=index, scaled=scaled, log_scale=log_scale, shift=shift))
+            if before is None or before.scaled or (index is not None and before.permutation is not None):
+                steps.append(Step(permutation=index, scaled=scaled, log_scale=log_scale, shift=shift))
             elif index is not None:
-                steps[-1] = before._replace(index=index)
+                steps[-1] = before._replace(permutation=index)
             else:
                 steps[-1] = before._replace(scaled=scaled, log_scale=log_scale, shift=shift)
         else:
@@ -490,7 +503,7 @@ def _many(
                 steps.append(step)
             else:
                 steps[-1] = step._replace(
-                    index=before.index, scaled=before.scaled, log_scale=before.log_scale, shift=before.shift
+                    permutation=before.permutation, scaled=before.scaled, log_scale=before.log_scale, shift=before.shift
                 )
         taken += 1
     if not couplings or len(steps) > _MOST_STEPS:
@@ -514,9 +527,7 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     dy, dlogdet, x, context, weights, biases, masks, indices, log_scales, shifts, saved, options, clamps, need_input,
     need_parameters,
 ):  # fmt: skip
-    gradients = [
-        t.new_empty(t.shape if need_parameters else 0) for t in (*weights, *biases, *log_scales, *shifts)
-    ]
+    gradients = [t.new_empty(t.shape if need_parameters else 0) for t in (*weights, *biases, *log_scales, *shifts)]
     dcontext = x.new_empty(context.shape if context is not None and need_input else 0)
     return x.new_empty(x.shape), dcontext, gradients
 
