@@ -355,6 +355,8 @@ def _say_detection(found: dict[str, Any]) -> str:
     )
     text += row("per class", found["per_class"])
     text += row("starts within", {f"{k:g}": v for k, v in found["point_map"].items()})
+    if "ahead_map" in found:
+        text += row("seconds ahead", {f"{k:g}": v for k, v in found["ahead_map"].items()})
     if "accuracy_at" in found:
         text += row("right when seen", {f"{k:.0%}": v for k, v in found["accuracy_at"].items()})
         text += f"\n  time to detection {found['time_to_detection']:.3f} of an action, at 10 % false alarms"

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from pyflowgen import metrics
 from pyflowgen.data import DataError
 from pyflowgen.data.streams import Stream, Streams, frame_count, normalisation
-from pyflowgen.models.detector import Detector, State
+from pyflowgen.models import TRN, Detector
+from pyflowgen.models.detector import State
 from pyflowgen.train import RunError, read_tensors, write_tensors
 
 
@@ -114,12 +115,19 @@ def _detector(model: nn.Module) -> Detector:
     return model
 
 
+Run = Callable[[Tensor, "State | None"], tuple[Tensor, State]]
+
+
 @torch.no_grad()
-def stream_scores(model: Detector, streams: Sequence[Stream], *, batch: int = 32, frames: int = 256) -> list[Tensor]:
+def stream_scores(
+    model: Detector, streams: Sequence[Stream], *, batch: int = 32, frames: int = 256, run: Run | None = None
+) -> list[Tensor]:
     """Probabilities ``(frames, classes)`` of each stream, run from its first frame to its last with the state carried.
 
-    Streams share batches; the memory taken is that of ``batch`` streams over ``frames`` frames.
+    Streams share batches; the memory taken is that of ``batch`` streams over ``frames`` frames. ``run`` takes the place
+    of ``model.run``.
     """
+    run = run or model.run
     was_training = model.training
     model.eval()
     found: dict[int, Tensor] = {}
@@ -133,7 +141,7 @@ def stream_scores(model: Detector, streams: Sequence[Stream], *, batch: int = 32
                 # a stream that has ended rides on as zeros: what follows a frame has no say in its scores
                 pieces = [streams[i].features[begin : begin + frames] for i in chosen]
                 clip = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-                scores, state = model.run(clip, state)
+                scores, state = run(clip, state)
                 for part, piece, score in zip(parts, pieces, model.probabilities(scores), strict=True):
                     part.append(score[: len(piece)])
             found |= {i: torch.cat(part) for i, part in zip(chosen, parts, strict=True)}
@@ -150,7 +158,8 @@ def evaluate(model: Detector, data: Streams, streams: Sequence[Stream]) -> dict[
 
     Keys: ``map``, ``mcap``, ``chance`` (mAP of scores that know nothing: the mean share of the classes' frames),
     ``per_class``, ``point_map`` by offset (seconds, frames where the rate is not known), ``time_to_detection`` (mean
-    over classes, at a false-positive rate of 0.1), ``accuracy_at`` (share of an action seen), ``frames``, ``streams``.
+    over classes, at a false-positive rate of 0.1), ``accuracy_at`` (share of an action seen), ``frames``, ``streams``;
+    of a TRN ``ahead_map`` by how far ahead its decoder looks (seconds or frames).
     """
     scores = stream_scores(model, streams)
     targets, flat = torch.cat([s.targets for s in streams]), torch.cat(scores)
@@ -174,6 +183,20 @@ def evaluate(model: Detector, data: Streams, streams: Sequence[Stream]) -> dict[
         curves = [metrics.amoc([s[:, c] for s in scores], labels, c) for c in precision.per_class]
         found["time_to_detection"] = sum(c.at(0.1) for c in curves) / len(curves)
         found["accuracy_at"] = metrics.observed_accuracy(scores, labels, ignore=ignore)
+    if isinstance(model, TRN):
+        found["ahead_map"] = _ahead(model, data, streams)
+    return found
+
+
+def _ahead(model: TRN, data: Streams, streams: Sequence[Stream]) -> dict[float, float]:
+    """mAP of each decoder step, over the frames that it looks ahead to."""
+    scores = stream_scores(model, streams, run=model.run_ahead)
+    found = {}
+    for i in range(model.trn.steps):
+        later = i + model.offset
+        parts = [(s[: len(s) - later, i], stream.targets[later:]) for s, stream in zip(scores, streams, strict=True)]
+        flat, targets = (torch.cat(p) for p in zip(*parts, strict=True))
+        found[later / (data.rate or 1.0)] = metrics.frame_precision(flat, targets, ignore=data.ignored).mean
     return found
 
 

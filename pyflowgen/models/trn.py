@@ -70,9 +70,14 @@ class TRN(Detector):
         scores, _, *after = self._all(features, state)
         return scores, dict(zip(("h", "c", "future"), after, strict=True))
 
-    def anticipate(self, features: Tensor, state: State | None = None) -> Tensor:
+    def anticipate(self, features: Tensor) -> Tensor:
         """Scores of the decoder's steps, ``(batch, frames, steps, classes)``; step i is of frame t + i − 1 + offset."""
-        return self._all(features, state)[1]
+        return self.run_ahead(features)[0]
+
+    def run_ahead(self, features: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """Like :meth:`run`, with the scores of :meth:`anticipate`."""
+        _, ahead, *after = self._all(features, state)
+        return ahead, dict(zip(("h", "c", "future"), after, strict=True))
 
     def _all(self, features: Tensor, state: State | None) -> tuple[Tensor, ...]:
         before = None if state is None else (state["h"], state["c"], state["future"])
