@@ -43,9 +43,9 @@ def monotone_ranking_loss(scores: Tensor, targets: Tensor) -> Tensor:
     .. math:: \max\bigl(0, \max_{t' < t} p_{t'}(y) - p_t(y)\bigr), \quad t' \text{ in the same instance of action } y
 
     The more of an action was seen, the surer a detector should be of it (Ma et al., *Learning Activity Progression in
-    LSTMs for Activity Detection and Early Detection*, 2016). The maximum is a constant to the gradient: what
-    fell is to rise, not the early certainty to sink. Class 0 is the background; its frames, and frames left out, have
-    no loss. Of several actions at once, each has its own.
+    LSTMs for Activity Detection and Early Detection*, 2016). The maximum is a constant to the gradient: what falls is to
+    rise, and not the early certainty to sink. Class 0 is the background; its frames, and frames left
+    out, have no loss. Of several actions at once, each has its own.
 
     Args:
         scores: logits, ``(batch, frames, classes)``.
