@@ -184,8 +184,7 @@ def ranking_by_hand(scores: Tensor, targets: Tensor) -> Tensor:
             count += 1
             if best is not None:
                 total = total + F.relu(best - p[b, t, c])
-            now = p[b, t, c].detach()
-            best = now if best is None else torch.maximum(best, now)
+            best = p[b, t, c] if best is None else torch.maximum(best, p[b, t, c])
     return total / max(1, count)
 
 
