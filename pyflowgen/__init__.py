@@ -27,6 +27,9 @@ from pyflowgen.ops.affine_coupling import AdditiveCoupling as AdditiveCoupling
 from pyflowgen.ops.affine_coupling import AffineCoupling as AffineCoupling
 from pyflowgen.ops.affine_coupling import affine_coupling as affine_coupling
 from pyflowgen.ops.affine_coupling import affine_coupling_reference as affine_coupling_reference
+from pyflowgen.ops.idu import IDU as IDU
+from pyflowgen.ops.idu import idu as idu
+from pyflowgen.ops.idu import idu_reference as idu_reference
 from pyflowgen.ops.linear import Linear as Linear
 from pyflowgen.ops.linear import linear as linear
 from pyflowgen.ops.linear import linear_reference as linear_reference
@@ -37,3 +40,6 @@ from pyflowgen.ops.rational_quadratic_spline import rational_quadratic_spline as
 from pyflowgen.ops.rational_quadratic_spline import (
     rational_quadratic_spline_reference as rational_quadratic_spline_reference,
 )
+from pyflowgen.ops.trn import TRN as TRN
+from pyflowgen.ops.trn import trn as trn
+from pyflowgen.ops.trn import trn_reference as trn_reference
