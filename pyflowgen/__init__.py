@@ -29,3 +29,5 @@ from pyflowgen.ops.affine_coupling import affine_coupling_reference as affine_co
 from pyflowgen.ops.linear import Linear as Linear
 from pyflowgen.ops.linear import linear as linear
 from pyflowgen.ops.linear import linear_reference as linear_reference
+from pyflowgen.ops.slogdet import slogdet as slogdet
+from pyflowgen.ops.slogdet import slogdet_reference as slogdet_reference

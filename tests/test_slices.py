@@ -54,7 +54,7 @@ NAMES = {
     "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
     "Flow", "FlowDistribution", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
     "Permutation", "Scale", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
-    "linear", "linear_reference", "reference_path",
+    "linear", "linear_reference", "reference_path", "slogdet", "slogdet_reference",
 }  # fmt: skip
 
 
