@@ -7,6 +7,9 @@ from pyflowgen._native import reference_path as reference_path
 from pyflowgen.bijection import Bijection as Bijection
 from pyflowgen.bijection import Chain as Chain
 from pyflowgen.bijection import Inverse as Inverse
+from pyflowgen.estimators import hutchinson_trace as hutchinson_trace
+from pyflowgen.estimators import hutchpp_trace as hutchpp_trace
+from pyflowgen.estimators import russian_roulette_logdet as russian_roulette_logdet
 from pyflowgen.flow import DiagNormal as DiagNormal
 from pyflowgen.flow import Flow as Flow
 from pyflowgen.flow import FlowDistribution as FlowDistribution
@@ -20,6 +23,11 @@ from pyflowgen.layers import MultiScale as MultiScale
 from pyflowgen.layers import Permutation as Permutation
 from pyflowgen.layers import Scale as Scale
 from pyflowgen.layers import Squeeze as Squeeze
+from pyflowgen.linear_flows import Householder as Householder
+from pyflowgen.linear_flows import MatrixExponential as MatrixExponential
+from pyflowgen.low_rank_flows import Planar as Planar
+from pyflowgen.low_rank_flows import Radial as Radial
+from pyflowgen.low_rank_flows import Sylvester as Sylvester
 from pyflowgen.nets import MLP as MLP
 from pyflowgen.nets import ConvResNet as ConvResNet
 from pyflowgen.nets import ResidualMLP as ResidualMLP
@@ -43,3 +51,7 @@ from pyflowgen.ops.rational_quadratic_spline import (
 from pyflowgen.ops.trn import TRN as TRN
 from pyflowgen.ops.trn import trn as trn
 from pyflowgen.ops.trn import trn_reference as trn_reference
+from pyflowgen.ops.slogdet import slogdet as slogdet
+from pyflowgen.ops.slogdet import slogdet_reference as slogdet_reference
+from pyflowgen.residual_flow import LipschitzMLP as LipschitzMLP
+from pyflowgen.residual_flow import ResidualFlow as ResidualFlow

@@ -84,6 +84,12 @@ NAMES = {
     "MultiScale", "Permutation", "Scale", "Squeeze", "TRN", "affine_coupling", "affine_coupling_reference",
     "bits_per_dim", "build_info", "idu", "idu_reference", "linear", "linear_reference", "reference_path", "trn",
     "trn_reference",
+    "ActNorm", "AdditiveCoupling", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize",
+    "DiagNormal", "Flow", "FlowDistribution", "Householder", "Inverse", "Linear", "LipschitzMLP", "Logistic",
+    "LogisticDistribution", "Logit", "MLP", "MatrixExponential", "MultiScale", "Permutation", "Planar", "Radial",
+    "ResidualFlow", "Scale", "Squeeze", "Sylvester", "affine_coupling", "affine_coupling_reference",
+    "bits_per_dim", "build_info", "hutchinson_trace", "hutchpp_trace", "linear", "linear_reference",
+    "reference_path", "russian_roulette_logdet", "slogdet", "slogdet_reference",
 }  # fmt: skip
 
 MODELS = {"Detector", "GRUDetector", "IDN", "LSTMDetector", "LiveStreams", "NICE", "RealNVP", "TRN"}
@@ -192,6 +198,12 @@ RANKS = (
     "data",
     "train",
     "detect",
+    "bijection",
+    "ops",
+    "layers nets flow estimators linear_flows low_rank_flows residual_flow",
+    "models",
+    "data",
+    "train",
     "recipes",
     "cli",
     "__main__",
