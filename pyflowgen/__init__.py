@@ -26,6 +26,10 @@ from pyflowgen.ops.affine_coupling import AdditiveCoupling as AdditiveCoupling
 from pyflowgen.ops.affine_coupling import AffineCoupling as AffineCoupling
 from pyflowgen.ops.affine_coupling import affine_coupling as affine_coupling
 from pyflowgen.ops.affine_coupling import affine_coupling_reference as affine_coupling_reference
+from pyflowgen.ops.invertible_linear import Invertible1x1Conv as Invertible1x1Conv
+from pyflowgen.ops.invertible_linear import InvertibleLinear as InvertibleLinear
+from pyflowgen.ops.invertible_linear import invertible_linear as invertible_linear
+from pyflowgen.ops.invertible_linear import invertible_linear_reference as invertible_linear_reference
 from pyflowgen.ops.linear import Linear as Linear
 from pyflowgen.ops.linear import linear as linear
 from pyflowgen.ops.linear import linear_reference as linear_reference

@@ -17,6 +17,7 @@ from pyflowgen.bijection import Bijection, Chain, Inverse, sum_event
 from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Scale, Squeeze
 from pyflowgen.nets import MLP, ConvResNet
 from pyflowgen.ops.affine_coupling import AdditiveCoupling, AffineCoupling
+from pyflowgen.ops.invertible_linear import Invertible1x1Conv, InvertibleLinear
 
 
 def randomise(module: nn.Module, spread: float = 0.4) -> nn.Module:
@@ -65,6 +66,9 @@ BIJECTIONS = {
     "actnorm": (lambda: ActNorm(4, init=False), (4,)),
     "actnorm_image": (lambda: ActNorm(2, event_dim=3, init=False), (2, 3, 2)),
     "actnorm_sequence": (lambda: ActNorm(2, event_dim=2, init=False), (2, 5)),
+    "invertible_linear": (lambda: InvertibleLinear(4), (4,)),
+    "invertible_linear_dense": (lambda: InvertibleLinear(3, event_dim=2, factor="dense"), (3, 2)),
+    "invertible_1x1_conv": (lambda: Invertible1x1Conv(4), (4, 3, 2)),
     "scale": (lambda: Scale((2, 3), init=False), (2, 3)),
     "squeeze": (Squeeze, (2, 4, 2)),
     "logit": (lambda: Logit(0.05), (4,)),

@@ -37,6 +37,11 @@ LAYERS = (
 )
 # Files that an op does without, and why. A file that exists is no longer missing: the list has to say the truth.
 WITHOUT = {
+    "invertible_linear": {
+        "csrc/cuda/invertible_linear.cu": "on a GPU torch's own products and solves run",
+        "csrc/cuda/invertible_linear.cpp": "on a GPU torch's own products and solves run",
+        "kernels/invertible_linear.py": "on a GPU torch's own products and solves run",
+    },
     "linear": {
         "csrc/formula/linear.h": "a product has no formula of one element; activations are in elementary.h",
         "csrc/cuda/linear.cu": "on a GPU torch's own product runs",
@@ -52,9 +57,9 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init
 
 NAMES = {
     "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
-    "Flow", "FlowDistribution", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
+    "Flow", "FlowDistribution", "Inverse", "Invertible1x1Conv", "InvertibleLinear", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
     "Permutation", "Scale", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
-    "linear", "linear_reference", "reference_path",
+    "invertible_linear", "invertible_linear_reference", "linear", "linear_reference", "reference_path",
 }  # fmt: skip
 
 
