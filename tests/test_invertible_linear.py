@@ -213,7 +213,7 @@ def test_head_is_the_first_channels_and_its_gradient_joins_theirs(
     s = sample("", normal(*shape), event_dim).to(dtype, grad=True)
     options = s.options
     args = (*s.tensors, options["permutation"], options["sign"].to(dtype), head, False, event_dim)
-    y, logdet, part = module._apply(*args)
+    y, logdet, part = module.invertible_linear_head(*args)
     assert torch.equal(part, y[:, :head]) and part.shape[1] == head
     if event_dim == 3:
         assert part.is_contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,5 @@
 """The systems, one file each, built from the library's layers."""
 
+from pyflowgen.models.glow import Glow as Glow
 from pyflowgen.models.nice import NICE as NICE
 from pyflowgen.models.realnvp import RealNVP as RealNVP

@@ -155,10 +155,10 @@ def invertible_linear(
         >>> torch.allclose(back, x, atol=1e-5), torch.allclose(logdet, torch.zeros(8), atol=1e-4)
         (True, True)
     """
-    return _apply(x, weight, log_scale, shift, permutation, sign, 0, inverse, event_dim)[:2]
+    return invertible_linear_head(x, weight, log_scale, shift, permutation, sign, 0, inverse, event_dim)[:2]
 
 
-def _apply(
+def invertible_linear_head(
     x: Tensor,
     weight: Tensor,
     log_scale: Tensor | None,
