@@ -477,6 +477,8 @@ class GlowStep(Bijection):
 
     def _couple(self, v: Tensor, same: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         params = self.conditioner(same) if context is None else self.conditioner(same, context)
+        if v.is_contiguous():  # two formats in one pass take longer than a copy
+            params = params.contiguous()
         part = (self.kept, 1)
         if self.additive:
             return affine_coupling(v, params, event_dim=3, part=part, inverse=inverse)

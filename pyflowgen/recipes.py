@@ -59,10 +59,10 @@ def _glow(data: Dataset) -> dict[str, Any]:
     shape = data.event_shape
     if len(shape) != 3:
         raise RunError(f"Glow: examples of {data.name} have shape {shape}, expected images (channels, height, width)")
-    scales = 0
-    while scales < 3 and all(s % 2 ** (scales + 1) == 0 and s >= 4 * 2**scales for s in shape[1:]):
-        scales += 1
-    return {"event_shape": shape, "scales": max(scales, 1), "steps": 8, "channels": 64}
+    side, scales = min(shape[1:]), 3
+    while scales > 1 and (side < 2 ** (2 * scales - 1) or any(s % 2**scales for s in shape[1:])):
+        scales -= 1
+    return {"event_shape": shape, "scales": scales, "steps": 8 if side < 16 else 4, "channels": 64}
 
 
 RECIPES: dict[str, Recipe] = {
@@ -85,6 +85,7 @@ RECIPES: dict[str, Recipe] = {
         _glow,
         "image",
         train={"epochs": 50, "batch": 64, "lr": 2e-3, "warmup": 50, "ema": 0.99, "patience": 15, "init_examples": 512},
+        by_data={"photos": {"epochs": 5}},
     ),
 }
 
