@@ -15,8 +15,7 @@ from torch import nn
 
 from pyflowgen.data import Dataset, Streams, load, load_streams
 from pyflowgen.detect import Detection
-from pyflowgen.flow import Flow
-from pyflowgen.models import IDN, NICE, NSF, TRN, GRUDetector, LSTMDetector, RealNVP
+from pyflowgen.models import IDN, NICE, NSF, TRN, Glow, GRUDetector, LSTMDetector, RealNVP
 from pyflowgen.train import BEST, CHECKPOINT, Likelihood, RunError, Task, TrainConfig, read_config, read_tensors
 
 
@@ -78,6 +77,16 @@ def _detector(**of_watch: Any) -> Callable[[Streams], dict[str, Any]]:
     return options
 
 
+def _glow(data: Dataset) -> dict[str, Any]:
+    shape = data.event_shape
+    if len(shape) != 3:
+        raise RunError(f"Glow: examples of {data.name} have shape {shape}, expected images (channels, height, width)")
+    side, scales = min(shape[1:]), 3
+    while scales > 1 and (side < 2 ** (2 * scales - 1) or any(s % 2**scales for s in shape[1:])):
+        scales -= 1
+    return {"event_shape": shape, "scales": scales, "steps": 8 if side < 16 else 4, "channels": 64}
+
+
 RECIPES: dict[str, Recipe] = {
     "nice": Recipe(
         NICE,
@@ -132,6 +141,13 @@ RECIPES: dict[str, Recipe] = {
         by_data={"watch": {"lr": 3e-3}},
         task=Detection,
         default="watch",
+    ),
+    "glow": Recipe(
+        Glow,
+        _glow,
+        "image",
+        train={"epochs": 50, "batch": 64, "lr": 2e-3, "warmup": 50, "ema": 0.99, "patience": 15, "init_examples": 512},
+        by_data={"photos": {"epochs": 5}},
     ),
 }
 

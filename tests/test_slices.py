@@ -44,6 +44,10 @@ WITHOUT = {
         "csrc/cuda/mlp_coupling.cpp": "no GPU kernel yet: layer by layer there",
         "kernels/mlp_coupling.py": "no GPU kernel yet: layer by layer there",
         "benchmarks/bench_mlp_coupling.py": "timed as whole flows, in bench_realnvp",
+    "invertible_linear": {
+        "csrc/cuda/invertible_linear.cu": "on a GPU torch's own products and solves run",
+        "csrc/cuda/invertible_linear.cpp": "on a GPU torch's own products and solves run",
+        "kernels/invertible_linear.py": "on a GPU torch's own products and solves run",
     },
     "linear": {
         "csrc/formula/linear.h": "a product has no formula of one element; activations are in elementary.h",
@@ -72,6 +76,7 @@ WITHOUT = {
 # What several ops stand on, and whole systems that are timed: stems of no op.
 SHARED = {"csrc/cpu/gemm.simd.cpp", "csrc/cpu/isa.cpp", "csrc/module.cpp", "kernels/tile.py", "kernels/elementary.py"}
 SYSTEMS = {"benchmarks/bench_realnvp.py", "benchmarks/bench_memory.py"}
+SYSTEMS = {"benchmarks/bench_glow.py", "benchmarks/bench_realnvp.py"}
 
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
 
@@ -90,6 +95,10 @@ NAMES = {
     "ResidualFlow", "Scale", "Squeeze", "Sylvester", "affine_coupling", "affine_coupling_reference",
     "bits_per_dim", "build_info", "hutchinson_trace", "hutchpp_trace", "linear", "linear_reference",
     "reference_path", "russian_roulette_logdet", "slogdet", "slogdet_reference",
+    "Permutation", "Scale", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
+    "linear", "linear_reference", "reference_path",
+    "ConvNet", "GlowStep", "Invertible1x1Conv", "InvertibleLinear", "NormalPrior", "ZeroConv2d", "invertible_linear",
+    "invertible_linear_reference", "tune_malloc",
 }  # fmt: skip
 
 MODELS = {"Detector", "GRUDetector", "IDN", "LSTMDetector", "LiveStreams", "NICE", "RealNVP", "TRN"}
@@ -130,6 +139,7 @@ def test_public_names() -> None:
     assert exported(PACKAGE / "__init__.py") == NAMES
     assert exported(PACKAGE / "models/__init__.py") == {"NICE", "NSF", "RealNVP"}
     assert exported(PACKAGE / "models/__init__.py") == MODELS
+    assert exported(PACKAGE / "models/__init__.py") == {"Glow", "NICE", "RealNVP"}
     for op in OPS:  # function and reference of every op, with one signature
         function, reference = getattr(pyflowgen, op), getattr(pyflowgen, f"{op}_reference")
         assert inspect.signature(function) == inspect.signature(reference)
