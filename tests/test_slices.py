@@ -66,8 +66,8 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init
 
 NAMES = {
     "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
-    "Flow", "FlowDistribution", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
-    "Permutation", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
+    "Flow", "FlowDistribution", "GaussianMixture", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
+    "Permutation", "Resampled", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
     "linear", "linear_reference", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
 }  # fmt: skip
 
@@ -164,7 +164,7 @@ RANKS = (
     "_native",
     "bijection coupling recompute",
     "ops",
-    "layers nets flow",
+    "layers nets flow bases",
     "models",
     "data",
     "train",
