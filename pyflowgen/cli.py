@@ -241,6 +241,7 @@ _weights = click.option(
 @click.option("--grid", type=click.Path(path_type=Path), help="PNG of the samples.")
 @click.option("--out", type=click.Path(path_type=Path), help=".npy of the samples: levels (uint8) or float32.")
 @click.option("--seed", type=int, default=0)
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Of the latents; below 1: more typical.")
 @_weights
 @_common
 def sample(
@@ -249,6 +250,7 @@ def sample(
     grid: Path | None,
     out: Path | None,
     seed: int,
+    temperature: float,
     weights: str,
     path: str | None,
     device: str,
@@ -264,7 +266,7 @@ def sample(
     loaded = load_run(run, weights, device)
     torch.manual_seed(seed)
     with choose_path(_path_of(loaded, path)):
-        drawn = torch.cat([loaded.model.sample(n).cpu() for n in _chunks(count, 1024)])
+        drawn = torch.cat([loaded.model.sample(n, temperature=temperature).cpu() for n in _chunks(count, 1024)])
     if loaded.levels is not None:
         drawn = (drawn * loaded.levels).floor().nan_to_num(0).clamp(0, loaded.levels - 1).to(torch.uint8)
     shape = loaded.config["data"].get("image_shape")

@@ -223,6 +223,11 @@ class Flow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats, of shape `batch`; at least float32."""
+        z, logdet, context = self._with_context(x, context)
+        return self.base(context).log_prob(z) + logdet
+
+    def _with_context(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents, log-determinant, and the context expanded to their batch."""
         n = len(self.event_shape)
         if x.dim() < n or x.shape[x.dim() - n :] != self.event_shape:
             raise ValueError(
@@ -236,16 +241,33 @@ class Flow(nn.Module):
                 x = x.expand(*batch, *self.event_shape)
             context = self._expand_context(context, batch)
         z, logdet = self.bijection(x, context)
-        return self.base(context).log_prob(z) + logdet
+        return z, logdet, context
 
     def rsample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         """Samples of shape `shape + context batch + event_shape`, with gradients to the parameters and the context."""
         return self._draw(shape, context, differentiable=True)[0]
 
-    def sample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
-        """Samples of shape `shape + context batch + event_shape`, without gradients."""
+    def sample(
+        self, shape: int | Sequence[int] = (), context: Tensor | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Samples of shape `shape + context batch + event_shape`, without gradients.
+
+        `temperature` multiplies the base distribution's distance from its mean: below 1, samples are more typical and
+        less varied.
+        """
+        if not temperature >= 0:
+            raise ValueError(f"{type(self).__name__}.sample: temperature is {temperature}, expected 0 or more")
         with torch.no_grad():
-            return self._draw(shape, context, differentiable=False)[0]
+            return self._draw(shape, context, differentiable=False, temperature=temperature)[0]
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latents z = f(x)."""
+        return self._with_context(x, context)[0]
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The data of latents; what `encode` gave comes back as it was, but for rounding."""
+        x: Tensor = self.bijection.inverse(z, context)[0]
+        return x
 
     def rsample_and_log_prob(
         self, shape: int | Sequence[int] = (), context: Tensor | None = None
@@ -284,7 +306,7 @@ class Flow(nn.Module):
         return context if context.shape == batch + rest else context.expand(batch + rest)
 
     def _draw(
-        self, shape: int | Sequence[int], context: Tensor | None, differentiable: bool
+        self, shape: int | Sequence[int], context: Tensor | None, differentiable: bool, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Distribution]:
         if differentiable and self.bijection.stochastic:
             raise NotImplementedError(f"{type(self).__name__}.rsample: samples are integers (Dequantize), use sample")
@@ -295,6 +317,8 @@ class Flow(nn.Module):
         base: Distribution = self.base(context)
         extra = batch[: len(batch) - len(base.batch_shape)]
         z = base.rsample(extra) if differentiable else base.sample(extra)
+        if temperature != 1:
+            z = base.mean + temperature * (z - base.mean)
         x, logdet = self.bijection.inverse(z, context)
         return x, z, logdet, base
 

@@ -14,7 +14,7 @@ import torch
 
 from pyflowgen.data import Dataset, load
 from pyflowgen.flow import Flow
-from pyflowgen.models import NICE, NSF, RealNVP
+from pyflowgen.models import NICE, NSF, Glow, RealNVP
 from pyflowgen.train import BEST, CHECKPOINT, RunError, TrainConfig, read_config, read_tensors
 
 
@@ -55,6 +55,16 @@ def _on_reals(data: Dataset) -> dict[str, Any]:
     return {"event_shape": data.event_shape, "alpha": 0.05 if data.levels is not None else None}
 
 
+def _glow(data: Dataset) -> dict[str, Any]:
+    shape = data.event_shape
+    if len(shape) != 3:
+        raise RunError(f"Glow: examples of {data.name} have shape {shape}, expected images (channels, height, width)")
+    scales = 0
+    while scales < 3 and all(s % 2 ** (scales + 1) == 0 and s >= 4 * 2**scales for s in shape[1:]):
+        scales += 1
+    return {"event_shape": shape, "scales": max(scales, 1), "steps": 8, "channels": 64}
+
+
 RECIPES: dict[str, Recipe] = {
     "nice": Recipe(
         NICE,
@@ -76,6 +86,12 @@ RECIPES: dict[str, Recipe] = {
         "flat",
         train={"epochs": 50, "ema": 0.99, "patience": 15},
         by_data={"digits": {"epochs": 40, "lr": 3e-3}},
+    ),
+    "glow": Recipe(
+        Glow,
+        _glow,
+        "image",
+        train={"epochs": 50, "batch": 64, "lr": 2e-3, "warmup": 50, "ema": 0.99, "patience": 15, "init_examples": 512},
     ),
 }
 

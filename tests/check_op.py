@@ -74,6 +74,9 @@ class Op:
     resize: Callable[[int], Sample]  # the same call for several batch sizes, for dynamic shapes
     bad: list[tuple[str, Callable[[], Any], type[Exception], str]] = field(default_factory=list)
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    # Roundings a gradient may err by besides, in float32 and float64: more than 1 where it is a sum over all of x that
+    # the reference forms in another order, which of the two cancels better being luck.
+    sum_roundings: int = 1
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
@@ -109,9 +112,10 @@ def run(function: Callable[..., Any], sample: Sample, grads: bool = True) -> tup
 
 
 def assert_close(
-    got: Tensor | None, truth: Tensor | None, plain: Tensor | None, exact: Tensor | None, what: str
+    got: Tensor | None, truth: Tensor | None, plain: Tensor | None, exact: Tensor | None, what: str, slack: int = 1
 ) -> None:
-    """Error of `got` against `truth` at most twice that of `plain`, the reference's result, against `exact`.
+    """Error of `got` against `truth` at most twice that of `plain`, the reference's result, against `exact`, and `slack`
+    roundings.
 
     Both errors in units of their dtype's rounding: for 64 bits the reference is judged in 32.
     """
@@ -134,7 +138,7 @@ def assert_close(
         return (off.max() / size.max()).item() / rounding, (off / size).median().item() / rounding
 
     # Where the truth is in the tested dtype, it errs once more itself.
-    times, roundings = (3, 2) if got.dtype == truth.dtype == torch.float64 else (2, 1)
+    times, roundings = (3, 2 * slack) if got.dtype == truth.dtype == torch.float64 else (2, slack)
     for kind, mine, its in zip(("largest", "median relative"), errors(got, truth), errors(plain, exact), strict=True):
         assert mine <= times * its + roundings, (
             f"{what}: {kind} error {mine:.3g}, the reference's {its:.3g} (in roundings)"
@@ -175,7 +179,9 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
             assert got[i].dtype == (torch.float64 if dtype == torch.float64 else plain[i].dtype)
             assert_close(got[i], truth[i], plain[i], exact[i], f"{op.name} {name} output {i}")
         for i in range(len(truth_grads)):
-            assert_close(got_grads[i], truth_grads[i], plain_grads[i], exact_grads[i], f"{op.name} {name} gradient {i}")
+            slack = op.sum_roundings if dtype in (torch.float32, torch.float64) else 1
+            what = f"{op.name} {name} gradient {i}"
+            assert_close(got_grads[i], truth_grads[i], plain_grads[i], exact_grads[i], what, slack)
 
     @pytest.mark.parametrize("name", [s.name for s in op.small()])
     def test_gradcheck(name: str, device: torch.device) -> None:

@@ -37,6 +37,11 @@ LAYERS = (
 )
 # Files that an op does without, and why. A file that exists is no longer missing: the list has to say the truth.
 WITHOUT = {
+    "invertible_linear": {
+        "csrc/cuda/invertible_linear.cu": "on a GPU torch's own products and solves run",
+        "csrc/cuda/invertible_linear.cpp": "on a GPU torch's own products and solves run",
+        "kernels/invertible_linear.py": "on a GPU torch's own products and solves run",
+    },
     "linear": {
         "csrc/formula/linear.h": "a product has no formula of one element; activations are in elementary.h",
         "csrc/cuda/linear.cu": "on a GPU torch's own product runs",
@@ -60,15 +65,18 @@ WITHOUT = {
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.
 SHARED = {"csrc/cpu/gemm.simd.cpp", "csrc/cpu/isa.cpp", "csrc/module.cpp", "kernels/tile.py", "kernels/elementary.py"}
-SYSTEMS = {"benchmarks/bench_realnvp.py", "benchmarks/bench_memory.py"}
+SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("glow", "memory", "realnvp")}
 
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
 
 NAMES = {
     "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
-    "Flow", "FlowDistribution", "GaussianMixture", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
-    "Permutation", "Resampled", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
-    "linear", "linear_reference", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
+    "Flow", "FlowDistribution", "GaussianMixture", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit",
+    "MLP", "MultiScale", "Permutation", "Resampled", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze",
+    "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "linear", "linear_reference",
+    "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
+    "ConvNet", "GlowStep", "Invertible1x1Conv", "InvertibleLinear", "NormalPrior", "ZeroConv2d", "invertible_linear",
+    "invertible_linear_reference", "tune_malloc",
 }  # fmt: skip
 
 
@@ -105,7 +113,7 @@ def exported(path: Path) -> set[str]:
 
 def test_public_names() -> None:
     assert exported(PACKAGE / "__init__.py") == NAMES
-    assert exported(PACKAGE / "models/__init__.py") == {"NICE", "NSF", "RealNVP"}
+    assert exported(PACKAGE / "models/__init__.py") == {"Glow", "NICE", "NSF", "RealNVP"}
     for op in OPS:  # function and reference of every op, with one signature
         function, reference = getattr(pyflowgen, op), getattr(pyflowgen, f"{op}_reference")
         assert inspect.signature(function) == inspect.signature(reference)

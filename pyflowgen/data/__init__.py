@@ -17,20 +17,23 @@ from pyflowgen.data.files import image_folder as image_folder
 from pyflowgen.data.files import table_file as table_file
 from pyflowgen.data.mnist import idx_folder as idx_folder
 from pyflowgen.data.mnist import mnist as mnist
+from pyflowgen.data.photos import photos as photos
 from pyflowgen.data.toys import TOYS as TOYS
 from pyflowgen.data.toys import toy as toy
 
-NAMES = ("digits", "mnist", *TOYS)
+NAMES = ("digits", "mnist", "photos", *TOYS)
 
 
 def load(source: str | Path) -> Dataset:
-    """A data set by name (``digits``, ``mnist``, the toys) or from a path: a folder of images or IDX files, ``.npy``,
-    ``.npz``, ``.csv``, ``.parquet``. Every fault is a :class:`DataError` of one line.
+    """A data set by name (``digits``, ``mnist``, ``photos``, the toys) or from a path: a folder of images or IDX files,
+    ``.npy``, ``.npz``, ``.csv``, ``.parquet``. Every fault is a :class:`DataError` of one line.
     """
     if source == "digits":
         return digits()
     if source == "mnist":
         return mnist()
+    if source == "photos":
+        return photos()
     if str(source) in TOYS:
         return toy(str(source))
     path = Path(source).expanduser()
