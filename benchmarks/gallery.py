@@ -78,7 +78,7 @@ def draw(found: Mapping[str, Mapping[str, Panels]], path: Path) -> None:
     models = list(next(iter(found.values())))
     figure = Figure(figsize=(1.65 * (1 + 3 * len(models)), 1.78 * len(found)), layout="constrained", facecolor="white")
     axes = figure.subplots(len(found), 1 + 3 * len(models), squeeze=False)
-    for row, (data, by_model) in zip(axes, found.items(), strict=True):
+    for k, (row, (data, by_model)) in enumerate(zip(axes, found.items(), strict=True)):
         for axis in row:
             first = next(iter(by_model.values()))
             left, bottom = (first.centre - first.half).tolist()
@@ -100,7 +100,7 @@ def draw(found: Mapping[str, Mapping[str, Panels]], path: Path) -> None:
             for part, colour in ((p.lines[:half], "#1d4ed8"), (p.lines[half:], "#0f766e")):
                 grid.add_collection(LineCollection(list(part.numpy()), colors=colour, linewidths=0.35))
             density.set_xlabel(f"{p.nats:.3f} nats", fontsize=7)
-            if row is axes[0]:
+            if k == 0:
                 for axis, what in ((density, "density"), (samples, "samples"), (grid, "latent grid")):
                     axis.set_title(f"{name}: {what}", fontsize=9)
     axes[0][0].set_title("data", fontsize=9)

@@ -1,4 +1,7 @@
-"""The command line: train, sample, evaluate, info, bench, gallery. A fault of the user's is one line on standard error, exit code 2."""
+"""The command line: train, sample, evaluate, info, bench, gallery.
+
+A fault of the user's is one line on standard error, exit code 2.
+"""
 
 from __future__ import annotations
 
