@@ -1,9 +1,13 @@
-"""The command line: train, sample, evaluate, detect, info. A fault is one line on standard error, exit code 2."""
+"""The command line: train, sample, evaluate, detect, info, bench, gallery.
+
+A fault of the user's is one line on standard error, exit code 2.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import importlib
 import json
 import sys
 import time
@@ -44,20 +48,24 @@ def _end(message: str, code: int) -> NoReturn:
     raise click.exceptions.Exit(code)
 
 
+_BENCH = {"bench": "pyflowgen.benchmarks.run", "gallery": "pyflowgen.benchmarks.gallery"}
+
+
 class _Commands(click.Group):
     """Turns the library's errors into one line and an exit code; anything else is a bug and keeps its traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), "bench"]
+        return [*super().list_commands(ctx), *_BENCH]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name != "bench":
+        if cmd_name not in _BENCH:
             return super().get_command(ctx, cmd_name)
         try:  # only here: the contests need plots and peers that the library does not
-            from pyflowgen.benchmarks.run import bench
+            module = importlib.import_module(_BENCH[cmd_name])
         except ImportError as error:
-            raise RunError(f"bench needs {error.name}: pip install 'pyflowgen[bench]'") from None
-        return bench
+            raise RunError(f"{cmd_name} needs {error.name}: pip install 'pyflowgen[bench]'") from None
+        command: click.Command = getattr(module, cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

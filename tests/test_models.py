@@ -23,7 +23,7 @@ MODELS = {
     "realnvp": lambda: RealNVP(6, couplings=4, hidden=(8, 8), activation="silu"),
     "realnvp_odd": lambda: RealNVP((5,), couplings=5, hidden=(8,), permutation="reverse", scale="sigmoid"),
     "realnvp_logit": lambda: RealNVP(6, couplings=2, hidden=(8,), alpha=0.05, actnorm=False, permutation="none"),
-    "nsf": lambda: NSF(6, couplings=4, hidden=(8,), bins=4, activation="silu"),
+    "nsf": lambda: NSF(6, couplings=4, hidden=(8,), bins=4, activation="silu", permutation="lu"),
     "nsf_residual": lambda: NSF((5,), couplings=3, hidden=8, blocks=1, bins=3, alpha=0.05, permutation="reverse"),
     "realnvp_image": lambda: RealNVP((1, 4, 4), channels=4, blocks=1, activation="tanh"),
     "realnvp_image_logit": lambda: RealNVP((2, 4, 4), channels=4, blocks=1, scales=2, alpha=0.05, weight_norm=True),
@@ -346,12 +346,12 @@ def test_any_module_is_a_conditioner():
         (lambda: RealNVP(1), "at least 2"),
         (lambda: RealNVP((4, 4)), r"expected \(features,\)"),
         (lambda: RealNVP((1, 6, 6), scales=3), r"2\*\*\(scales - 1\)"),
-        (lambda: RealNVP(4, permutation="lu"), "'random', 'reverse' or 'none'"),  # type: ignore[arg-type]
+        (lambda: RealNVP(4, permutation="qr"), "expected one of .'random'"),  # type: ignore[arg-type]
         (lambda: RealNVP(4, couplings=0), "couplings is 0"),
         (lambda: RealNVP(4, activation="swish"), "'swish'"),
         (lambda: NSF((1, 4, 4)), r"expected \(features,\)"),
         (lambda: NSF(4, hidden=(8, 8), blocks=2), "with blocks one width"),
-        (lambda: NSF(4, permutation="lu"), "NSF: permutation is 'lu'"),  # type: ignore[arg-type]
+        (lambda: NSF(4, permutation="qr"), "NSF: permutation is 'qr'"),  # type: ignore[arg-type]
         (lambda: Glow((1, 6, 4), scales=2), r"divisible by 2\*\*scales"),
         (lambda: Glow((1, 4, 4), scales=1, steps=0), "steps is 0"),
         (lambda: Glow((1, 4, 4), scales=1, steps=1, channels=0), "hidden_channels=0"),
