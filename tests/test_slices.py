@@ -43,9 +43,24 @@ WITHOUT = {
         "csrc/cuda/linear.cpp": "on a GPU torch's own product runs",
         "kernels/linear.py": "on a GPU torch's own product runs",
     },
+    **{
+        op: {
+            file.format(op): "on a GPU cuDNN's own recurrence runs"
+            for file in LAYERS
+            if "cuda" in file or "kernels" in file
+        }
+        for op in ("gru", "lstm")
+    },
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.
-SHARED = {"csrc/cpu/gemm.simd.cpp", "csrc/cpu/isa.cpp", "csrc/module.cpp", "kernels/tile.py", "kernels/elementary.py"}
+SHARED = {
+    "csrc/cpu/gemm.simd.cpp",
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/team.cpp",
+    "csrc/module.cpp",
+    "kernels/tile.py",
+    "kernels/elementary.py",
+}
 SYSTEMS = {"benchmarks/bench_realnvp.py"}
 
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
@@ -54,7 +69,8 @@ NAMES = {
     "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
     "Flow", "FlowDistribution", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
     "Permutation", "Scale", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
-    "linear", "linear_reference", "reference_path",
+    "linear", "linear_reference", "reference_path", "GRU", "GRUCell", "LSTM", "LSTMCell", "gru", "gru_reference", "lstm",
+    "lstm_reference",
 }  # fmt: skip
 
 
@@ -124,7 +140,7 @@ PYTHON = sorted(PACKAGE.rglob("*.py"))
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_imports_no_other_op(op: str) -> None:
     ours = {name for name in imports(PACKAGE / f"ops/{op}.py") if within(name, "pyflowgen")}
-    assert all(within(name, "pyflowgen._native", "pyflowgen.bijection") for name in ours), ours
+    assert all(within(name, "pyflowgen._native", "pyflowgen.bijection", "pyflowgen.recurrence") for name in ours), ours
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.stem)
@@ -146,7 +162,18 @@ def test_only_native_touches_the_dispatcher(path: Path) -> None:
 
 
 # From low to high; a module imports from its own rank or below.
-RANKS = ("_native", "bijection", "ops", "layers nets flow", "models", "data", "train", "recipes", "cli", "__main__")
+RANKS = (
+    "_native",
+    "bijection recurrence",
+    "ops",
+    "layers nets flow",
+    "models",
+    "data",
+    "train",
+    "recipes",
+    "cli",
+    "__main__",
+)
 
 
 @pytest.mark.parametrize("path", PYTHON, ids=lambda p: str(p.relative_to(PACKAGE)))
