@@ -42,6 +42,10 @@ from pyflowgen.ops.affine_coupling import AdditiveCoupling as AdditiveCoupling
 from pyflowgen.ops.affine_coupling import AffineCoupling as AffineCoupling
 from pyflowgen.ops.affine_coupling import affine_coupling as affine_coupling
 from pyflowgen.ops.affine_coupling import affine_coupling_reference as affine_coupling_reference
+from pyflowgen.ops.gru import GRU as GRU
+from pyflowgen.ops.gru import GRUCell as GRUCell
+from pyflowgen.ops.gru import gru as gru
+from pyflowgen.ops.gru import gru_reference as gru_reference
 from pyflowgen.ops.idu import IDU as IDU
 from pyflowgen.ops.idu import idu as idu
 from pyflowgen.ops.idu import idu_reference as idu_reference
@@ -52,6 +56,10 @@ from pyflowgen.ops.invertible_linear import invertible_linear_reference as inver
 from pyflowgen.ops.linear import Linear as Linear
 from pyflowgen.ops.linear import linear as linear
 from pyflowgen.ops.linear import linear_reference as linear_reference
+from pyflowgen.ops.lstm import LSTM as LSTM
+from pyflowgen.ops.lstm import LSTMCell as LSTMCell
+from pyflowgen.ops.lstm import lstm as lstm
+from pyflowgen.ops.lstm import lstm_reference as lstm_reference
 from pyflowgen.ops.mlp_coupling import mlp_coupling as mlp_coupling
 from pyflowgen.ops.mlp_coupling import mlp_coupling_reference as mlp_coupling_reference
 from pyflowgen.ops.rational_quadratic_spline import SplineCoupling as SplineCoupling

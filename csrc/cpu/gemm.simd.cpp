@@ -3,6 +3,8 @@
 
 #include <utility>
 
+#include "cpu/transpose.h"
+
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
 
