@@ -33,6 +33,16 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = 1) -> Tensor:
     return (math.log(levels) - log_prob / dims) / math.log(2)
 
 
+def event_size(event_shape: int | Sequence[int]) -> torch.Size:
+    """The shape of one event; an integer stands for that of a vector.
+
+    >>> from pyflowgen.flow import event_size
+    >>> event_size(3), event_size([1, 8, 8])
+    (torch.Size([3]), torch.Size([1, 8, 8]))
+    """
+    return torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+
+
 class LogisticDistribution(Distribution):
     r"""Logistic distribution, :math:`\log p(x) = -z - 2\,\mathrm{softplus}(-z) - \log s` with :math:`z = (x-\mu)/s`.
 
@@ -107,7 +117,7 @@ class _DiagonalBase(nn.Module):
 
     def __init__(self, event_shape: int | Sequence[int], *, learnable: bool = False) -> None:
         super().__init__()
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.event_shape = event_size(event_shape)
         self.learnable = learnable
         for name in ("loc", "log_scale"):
             value = torch.zeros(self.event_shape)
@@ -200,7 +210,7 @@ class Flow(nn.Module):
         self.base, self.bijection, self.context_dim = base, bijection, context_dim
         if event_shape is None:
             event_shape = base.event_shape if hasattr(base, "event_shape") else base().event_shape  # type: ignore[assignment]
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)  # type: ignore[arg-type]
+        self.event_shape = event_size(event_shape)  # type: ignore[arg-type]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Flow:

@@ -40,6 +40,18 @@ def _check_context(owner: nn.Module, context: Tensor | None, features: int) -> N
         raise ValueError(f"{type(owner).__name__}: context {got}, {want}")
 
 
+def _joined(owner: MLP | ResidualMLP, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`([x, context], context)` of one batch shape; a ValueError where they do not fit `owner`."""
+    _check_context(owner, context, owner.context_features)
+    if x.shape[-1:] != (owner.in_features,):
+        raise ValueError(f"{type(owner).__name__}: x has shape {tuple(x.shape)}, expected (..., {owner.in_features})")
+    if context is None:
+        return x, None
+    batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    context = context.to(x.dtype).expand(*batch, -1)
+    return torch.cat([x.expand(*batch, -1), context], -1), context
+
+
 class MLP(nn.Module):
     r"""Multi-layer perceptron :math:`W_n\,\sigma(\cdots\sigma(W_1 [x, c] + b_1)\cdots) + b_n` on the last dimension.
 
@@ -86,13 +98,91 @@ class MLP(nn.Module):
             _zero(self.layers[-1])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        _check_context(self, context, self.context_features)
-        if x.shape[-1:] != (self.in_features,):
-            raise ValueError(f"MLP: x has shape {tuple(x.shape)}, expected (..., {self.in_features})")
-        if context is not None:
-            batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-            x = torch.cat([x.expand(*batch, -1), context.to(x.dtype).expand(*batch, -1)], -1)
-        out: Tensor = self.layers(x)
+        out: Tensor = self.layers(_joined(self, x, context)[0])
+        return out
+
+    def perceptron(self) -> nn.Sequential | None:
+        """The layers, applied to x and context joined, when that is all that `forward` does: see `mlp_coupling`."""
+        return self.layers if type(self) is MLP else None
+
+
+class _GatedBlock(nn.Module):
+    """The pre-activation residual block of :class:`ResidualMLP`."""
+
+    def __init__(self, features: int, activation: str, context_features: int) -> None:
+        super().__init__()
+        kind = cast(Activation, activation)
+        self.activation = _act(activation)
+        self.linear_layers = nn.ModuleList([Linear(features, features, activation=kind), Linear(features, features)])
+        self.context_layer = Linear(context_features, features) if context_features else None
+        for p in self.linear_layers[1].parameters():
+            nn.init.uniform_(p, -1e-3, 1e-3)  # the block starts close to the identity
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        h: Tensor = self.linear_layers[1](self.linear_layers[0](self.activation(x)))
+        if self.context_layer is not None:
+            h = h * torch.sigmoid(self.context_layer(context))
+        return x + h
+
+
+class ResidualMLP(nn.Module):
+    r"""Residual network on the last dimension, the conditioner of neural spline flows.
+
+    A linear layer on :math:`[x, c]`, then `blocks` times
+
+    .. math:: h \leftarrow h + \bigl(W_2\,\sigma(W_1\,\sigma(h) + b_1) + b_2\bigr) \odot \mathrm{sigmoid}(W_c\,c + b_c)
+
+    (without a context, without the last factor), then a linear layer.
+
+    Args:
+        in_features, hidden, out_features: sizes of the input, of the blocks, and of the output.
+        blocks: number of residual blocks.
+        activation: name of :math:`\sigma`.
+        context_features: size of the context's last dimension; 0 for none. Its leading dimensions broadcast with `x`'s.
+        zero_init_last: start the last layer at zero, so that a coupling starts close to the identity.
+
+    Parameters have the names of nflows' `ResidualNet`, whose state dicts can be loaded.
+
+    Reference: He et al., *Identity Mappings in Deep Residual Networks*, 2016; Durkan, Bekasov, Murray and Papamakarios,
+    *Neural Spline Flows*, 2019, appendix B.
+
+    >>> import torch
+    >>> from pyflowgen.nets import ResidualMLP
+    >>> net = ResidualMLP(3, 16, 4, context_features=2, zero_init_last=False)
+    >>> net(torch.randn(5, 3), torch.randn(5, 2)).shape
+    torch.Size([5, 4])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden: int,
+        out_features: int,
+        *,
+        blocks: int = 2,
+        activation: str = "relu",
+        context_features: int = 0,
+        zero_init_last: bool = True,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.context_features = in_features, out_features, context_features
+        if min(in_features, hidden, out_features) < 1 or blocks < 0 or context_features < 0:
+            raise ValueError(
+                f"ResidualMLP: in_features={in_features}, hidden={hidden}, out_features={out_features}, "
+                f"blocks={blocks}, context_features={context_features}, expected positive numbers"
+            )
+        self.initial_layer = Linear(in_features + context_features, hidden)
+        self.blocks = nn.ModuleList([_GatedBlock(hidden, activation, context_features) for _ in range(blocks)])
+        self.final_layer = Linear(hidden, out_features)
+        if zero_init_last:
+            _zero(self.final_layer)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x, context = _joined(self, x, context)
+        h: Tensor = self.initial_layer(x)
+        for block in self.blocks:
+            h = block(h, context)
+        out: Tensor = self.final_layer(h)
         return out
 
 

@@ -9,7 +9,7 @@ import torch
 
 from pyflowgen.bijection import Chain
 from pyflowgen.layers import ActNorm, Dequantize, GlowStep, Logit, MultiScale, Permutation, Scale, Squeeze
-from pyflowgen.nets import MLP, ConvNet, ConvResNet, NormalPrior, ZeroConv2d, activation
+from pyflowgen.nets import MLP, ConvNet, ConvResNet, NormalPrior, ResidualMLP, ZeroConv2d, activation
 
 
 # ------------------------------------------------------------------------------------------------------ Permutation
@@ -321,3 +321,43 @@ def test_conv_resnet_takes_any_leading_dimensions(weight_norm):
     assert torch.equal(ConvResNet(2, 4, 2)(torch.randn(1, 2, 3, 3)), torch.zeros(1, 2, 3, 3))
     with pytest.raises(ValueError, match=r"expected \(\.\.\., 2, H, W\)"):
         net(torch.randn(1, 3, 4, 4), context[0, :1])
+
+
+@pytest.mark.parametrize("context_features", [0, 3])
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_residual_mlp_is_nflows(context_features, name):
+    resnet = pytest.importorskip("nflows.nn.nets.resnet")
+    torch.manual_seed(0)
+    act = {"relu": torch.relu, "silu": torch.nn.functional.silu}[name]
+    theirs = resnet.ResidualNet(5, 7, 16, context_features or None, num_blocks=3, activation=act).double()
+    ours = ResidualMLP(5, 16, 7, blocks=3, activation=name, context_features=context_features).double()
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p, std=0.5)  # blocks start near the identity: a wrong one would not be seen
+    ours.load_state_dict(theirs.state_dict())
+    inputs = [t.requires_grad_() for t in (torch.randn(9, 5).double(), torch.randn(9, 3).double())]
+    inputs = inputs if context_features else inputs[:1]
+    got, want = ours(*inputs), theirs(*inputs)
+    torch.testing.assert_close(got, want)
+    weights = torch.randn_like(got)
+    names = dict(ours.named_parameters())
+    leaves = [[*inputs, *(net.get_parameter(n) for n in names)] for net in (ours, theirs)]
+    grads = [torch.autograd.grad((o * weights).sum(), v) for o, v in zip((got, want), leaves, strict=True)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_residual_mlp_shapes_and_refusals():
+    torch.manual_seed(0)
+    net = ResidualMLP(3, 8, 4, context_features=2)
+    assert torch.equal(net(torch.randn(5, 1, 3), torch.randn(7, 2)), torch.zeros(5, 7, 4))
+    net = ResidualMLP(3, 8, 4, context_features=2, zero_init_last=False)
+    x, context = torch.randn(2, 6, 3), torch.randn(6, 2)
+    out = net(x, context)
+    torch.testing.assert_close(out[1, 2], net(x[1, 2], context[2]), rtol=1e-4, atol=1e-5)
+    assert (out - net(x, context + 1)).abs().max() > 1e-4
+    with pytest.raises(ValueError, match=r"ResidualMLP: x has shape \(2, 4\), expected \(\.\.\., 3\)"):
+        net(torch.randn(2, 4), torch.randn(2, 2))
+    with pytest.raises(ValueError, match="context is missing"):
+        net(x)
+    with pytest.raises(ValueError, match="blocks=-1"):
+        ResidualMLP(3, 8, 4, blocks=-1)

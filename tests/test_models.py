@@ -1,4 +1,4 @@
-"""NICE, RealNVP and Glow as whole models: exact densities, inverses, configuration."""
+"""NICE, RealNVP, NSF and Glow as whole models: exact densities, inverses, configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyflowgen
 from pyflowgen.bijection import Chain
 from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import ActNorm, Scale
-from pyflowgen.models import NICE, Glow, RealNVP
+from pyflowgen.models import NICE, NSF, Glow, RealNVP
 from pyflowgen.ops.affine_coupling import AffineCoupling
 
 MODELS = {
@@ -23,6 +23,8 @@ MODELS = {
     "realnvp": lambda: RealNVP(6, couplings=4, hidden=(8, 8), activation="silu"),
     "realnvp_odd": lambda: RealNVP((5,), couplings=5, hidden=(8,), permutation="reverse", scale="sigmoid"),
     "realnvp_logit": lambda: RealNVP(6, couplings=2, hidden=(8,), alpha=0.05, actnorm=False, permutation="none"),
+    "nsf": lambda: NSF(6, couplings=4, hidden=(8,), bins=4, activation="silu", permutation="lu"),
+    "nsf_residual": lambda: NSF((5,), couplings=3, hidden=8, blocks=1, bins=3, alpha=0.05, permutation="reverse"),
     "realnvp_image": lambda: RealNVP((1, 4, 4), channels=4, blocks=1, activation="tanh"),
     "realnvp_image_logit": lambda: RealNVP((2, 4, 4), channels=4, blocks=1, scales=2, alpha=0.05, weight_norm=True),
     "glow": lambda: Glow((1, 4, 4), scales=2, steps=2, channels=4, seed=0),
@@ -123,7 +125,7 @@ def test_every_output_depends_on_every_input_where_it_should(name):
     torch.testing.assert_close(inverse @ jacobian, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["nice", "realnvp", "realnvp_image_logit"])
+@pytest.mark.parametrize("name", ["nice", "realnvp", "nsf", "realnvp_image_logit"])
 def test_bfloat16_and_leading_dimensions(name):
     model = make(name, torch.float32)
     x = data(model, 2, 3, dtype=torch.float32)
@@ -135,14 +137,19 @@ def test_bfloat16_and_leading_dimensions(name):
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "half"),
     [
-        lambda: NICE(2, hidden=(16,), prior="normal", activation="tanh", context_features=1),
-        lambda: NICE(2, hidden=(16,), activation="tanh", context_features=1),
-        lambda: RealNVP(2, couplings=4, hidden=(16,), activation="tanh", context_features=1),
+        (lambda: NICE(2, hidden=(16,), prior="normal", activation="tanh", context_features=1), 30),
+        (lambda: NICE(2, hidden=(16,), activation="tanh", context_features=1), 30),
+        (lambda: RealNVP(2, couplings=4, hidden=(16,), activation="tanh", context_features=1), 30),
+        (
+            lambda: NSF(2, couplings=2, hidden=(16,), activation="tanh", context_features=1),
+            9,
+        ),  # narrow bins: a finer grid
+        (lambda: NSF(2, couplings=2, hidden=8, blocks=1, activation="silu", context_features=1), 9),
     ],
 )
-def test_density_in_two_dimensions_integrates_to_one_for_each_context(build, path):
+def test_density_in_two_dimensions_integrates_to_one_for_each_context(build, half, path):
     torch.manual_seed(0)
     model = build().double()
     context = torch.tensor([[-1.0], [1.0]], dtype=torch.float64)
@@ -150,7 +157,7 @@ def test_density_in_two_dimensions_integrates_to_one_for_each_context(build, pat
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-        axis = torch.linspace(-30, 30, 601, dtype=torch.float64)
+        axis = torch.linspace(-half, half, 601, dtype=torch.float64)
         grid = torch.cartesian_prod(axis, axis)
         logp = model.log_prob(grid[:, None], context)
     mass = logp.exp().sum(0) * (axis[1] - axis[0]) ** 2
@@ -202,6 +209,18 @@ def test_scale_layer_starts_nice_at_its_priors_spread():
     torch.testing.assert_close(z.std(0), torch.full((4,), 1.8138), rtol=1e-3, atol=0)
     assert isinstance(model.bijection[-1], Scale) and len(model.bijection) == 5
     torch.testing.assert_close(model.bijection(x)[1], model.bijection[-1].log_scale.sum().expand(2000))
+
+
+@pytest.mark.parametrize("blocks", [0, 2])
+def test_nsf_starts_as_the_identity_of_normalised_data(blocks):
+    torch.manual_seed(0)
+    x = 2 + 3 * torch.randn(500, 6)
+    plain = NSF(6, couplings=4, hidden=16 if blocks else (16, 16), blocks=blocks, actnorm=False, permutation="none")
+    y, logdet = plain.bijection(x)
+    torch.testing.assert_close(y, x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logdet, torch.zeros(500), rtol=0, atol=1e-4)
+    z, _ = NSF(6, couplings=4, hidden=(16,)).bijection(x)
+    assert z.mean().abs() < 1e-3 and (z.std() - 1).abs() < 2e-3
 
 
 def test_realnvp_starts_normalised_after_logit_and_integers_go_through():
@@ -327,9 +346,12 @@ def test_any_module_is_a_conditioner():
         (lambda: RealNVP(1), "at least 2"),
         (lambda: RealNVP((4, 4)), r"expected \(features,\)"),
         (lambda: RealNVP((1, 6, 6), scales=3), r"2\*\*\(scales - 1\)"),
-        (lambda: RealNVP(4, permutation="lu"), "'random', 'reverse' or 'none'"),  # type: ignore[arg-type]
+        (lambda: RealNVP(4, permutation="qr"), "expected one of .'random'"),  # type: ignore[arg-type]
         (lambda: RealNVP(4, couplings=0), "couplings is 0"),
         (lambda: RealNVP(4, activation="swish"), "'swish'"),
+        (lambda: NSF((1, 4, 4)), r"expected \(features,\)"),
+        (lambda: NSF(4, hidden=(8, 8), blocks=2), "with blocks one width"),
+        (lambda: NSF(4, permutation="qr"), "NSF: permutation is 'qr'"),  # type: ignore[arg-type]
         (lambda: Glow((1, 6, 4), scales=2), r"divisible by 2\*\*scales"),
         (lambda: Glow((1, 4, 4), scales=1, steps=0), "steps is 0"),
         (lambda: Glow((1, 4, 4), scales=1, steps=1, channels=0), "hidden_channels=0"),

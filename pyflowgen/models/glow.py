@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyflowgen.bijection import Bijection, Chain
+from pyflowgen.bijection import CHECKPOINT_EVERY, Bijection, Chain, Memory
 from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import Dequantize, GlowStep, MultiScale, Squeeze
 from pyflowgen.nets import ConvNet, NormalPrior
@@ -61,6 +61,7 @@ class Glow(Flow):
         context_features: size of a context vector given to every coupling and prior; 0 for none.
         classes: condition on integer labels below this number instead; they are the context, without a dimension of
             their own.
+        memory, checkpoint_every: what backward keeps of the steps, see `Chain`.
         seed: of the initial rotations; None draws them from torch's generator.
 
     Defaults are the paper's for CIFAR-10. Use `sample(..., temperature=0.7)` for sharper samples.
@@ -89,6 +90,8 @@ class Glow(Flow):
         levels: int | None = None,
         context_features: int = 0,
         classes: int = 0,
+        memory: Memory = "store",
+        checkpoint_every: int | None = CHECKPOINT_EVERY,
         seed: int | None = None,
     ) -> None:
         shape = tuple(event_shape)
@@ -116,7 +119,7 @@ class Glow(Flow):
                 net = ConvNet(c - c // 2, channels, out, **given)
                 additive = coupling == "additive"
                 stage.append(GlowStep(c, net, additive=additive, factor=factor, generator=generator))
-            stages.append(Chain(*stage))
+            stages.append(Chain(*stage, memory=memory, checkpoint_every=checkpoint_every))
             last = k == scales - 1
             c //= 1 if last else 2
             priors.append(NormalPrior(c, 0 if last else c, **given))
@@ -138,5 +141,7 @@ class Glow(Flow):
             levels=levels,
             context_features=context_features,
             classes=classes,
+            memory=memory,
+            checkpoint_every=checkpoint_every,
             seed=seed,
         )
