@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from pyflowgen import recompute
 
 Memory = Literal["store", "recompute"]
+Channelwise = tuple[Tensor | None, int, Tensor | None, Tensor | None]
 
 
 def logdet_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -94,6 +95,15 @@ class Bijection(nn.Module):
             x, _ = self(y, context) if inverse else self.inverse(y, context)
         x = x.detach().requires_grad_()
         return x, *(self.inverse(x, context) if inverse else self(x, context))
+
+    def channelwise(self, x: Tensor, inverse: bool) -> Channelwise | None:
+        r"""What the map (or its inverse) does to `x`, if that is no more than to permute, scale and shift the channels.
+
+        `(index, scaled, log_scale, shift)`: :math:`x_k` becomes :math:`x_{index_k}`, or :math:`x_k e^{s_k} + b_k` with
+        `scaled = 1`, or :math:`(x_k - b_k) e^{-s_k}` with `scaled = -1`. Runs of such maps and of couplings go into one
+        operator. None, as here, for anything else.
+        """
+        return None
 
     def output_shape(self, event_shape: Sequence[int]) -> tuple[int, ...]:
         """Event shape of `y` for an event shape of `x`; the same unless a map rearranges its input."""

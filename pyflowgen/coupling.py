@@ -14,6 +14,10 @@ Mask = Literal["halves", "channel", "interleaved", "checkerboard"]
 
 _MASKS = ("halves", "channel", "interleaved", "checkerboard")
 
+# A coupling and its conditioner in one operator, or None where there is none for them; `ops.mlp_coupling`, which stands
+# on the ops of the single couplings, puts itself here.
+whole_layer: Callable[[Any, Tensor, Tensor | None, bool], tuple[Tensor, Tensor] | None] | None = None
+
 
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
     """A floating-point x, and the others of its dtype on its device."""
@@ -127,6 +131,10 @@ class Coupling(Bijection):
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        if self.event_dim == 1 and whole_layer is not None:
+            result = whole_layer(self, x, context, inverse)
+            if result is not None:
+                return result
         return self._transform(x, *self._parameters_and_part(x, context), inverse)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

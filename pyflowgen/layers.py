@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyflowgen.bijection import Bijection, batch_shape, logdet_dtype, sum_event
+from pyflowgen.bijection import Bijection, Channelwise, batch_shape, logdet_dtype, sum_event
 from pyflowgen.ops.affine_coupling import affine_coupling
 from pyflowgen.ops.invertible_linear import Factor, Invertible1x1Conv, invertible_linear, invertible_linear_head
 
@@ -94,6 +94,11 @@ class Permutation(Bijection):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_index(y, self.inverse_index)
 
+    def channelwise(self, x: Tensor, inverse: bool) -> Channelwise | None:
+        if self.dim != -1 or self.event_dim != 1 or x.shape[-1] != len(self.index):
+            return None
+        return self.inverse_index if inverse else self.index, 0, None, None
+
     def extra_repr(self) -> str:
         return f"{len(self.index)}, dim={self.dim}"
 
@@ -106,6 +111,7 @@ class _DataInit(Bijection):
     """
 
     initialized: Tensor
+    log_scale: Tensor
 
     def __init__(self, init: bool) -> None:
         super().__init__()
@@ -125,6 +131,12 @@ class _DataInit(Bijection):
                 self._set_from(x.detach())
                 self.initialized.fill_(True)
             self._pending = False
+
+    def _channelwise(self, x: Tensor, inverse: bool, shift: Tensor | None) -> Channelwise | None:
+        waits = self._pending and self.training and not inverse  # for a first batch to be set from
+        if waits or self.log_scale.shape != x.shape[-1:] or self.log_scale.dtype is not x.dtype:
+            return None
+        return None, -1 if inverse else 1, self.log_scale, shift
 
 
 def _moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
@@ -210,6 +222,9 @@ class ActNorm(_DataInit):
         log_scale, shift, logdet = self._params(y, learn=False)  # noise says nothing about the data
         return (y - shift) * (-log_scale).exp(), -logdet
 
+    def channelwise(self, x: Tensor, inverse: bool) -> Channelwise | None:
+        return self._channelwise(x, inverse, self.shift) if self.event_dim == 1 else None
+
     def extra_repr(self) -> str:
         return f"{self.features}, event_dim={self.event_dim}"
 
@@ -265,6 +280,9 @@ class Scale(_DataInit):
         batch = self._batch(y)
         logdet = -self.log_scale.sum(dtype=logdet_dtype(self.log_scale.dtype))
         return y * (-self.log_scale).exp(), logdet.expand(batch)
+
+    def channelwise(self, x: Tensor, inverse: bool) -> Channelwise | None:
+        return self._channelwise(x, inverse, None)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.event_shape)}, std={self.std:g}"
@@ -477,6 +495,8 @@ class GlowStep(Bijection):
 
     def _couple(self, v: Tensor, same: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
         params = self.conditioner(same) if context is None else self.conditioner(same, context)
+        if v.is_contiguous():  # two formats in one pass take longer than a copy
+            params = params.contiguous()
         part = (self.kept, 1)
         if self.additive:
             return affine_coupling(v, params, event_dim=3, part=part, inverse=inverse)

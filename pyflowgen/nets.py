@@ -101,6 +101,10 @@ class MLP(nn.Module):
         out: Tensor = self.layers(_joined(self, x, context)[0])
         return out
 
+    def perceptron(self) -> nn.Sequential | None:
+        """The layers, applied to x and context joined, when that is all that `forward` does: see `mlp_coupling`."""
+        return self.layers if type(self) is MLP else None
+
 
 class _GatedBlock(nn.Module):
     """The pre-activation residual block of :class:`ResidualMLP`."""
@@ -126,7 +130,7 @@ class ResidualMLP(nn.Module):
 
     A linear layer on :math:`[x, c]`, then `blocks` times
 
-    .. math:: h \leftarrow h + igl(W_2\,\sigma(W_1\,\sigma(h) + b_1) + b_2igr) \odot \mathrm{sigmoid}(W_c\,c + b_c)
+    .. math:: h \leftarrow h + \bigl(W_2\,\sigma(W_1\,\sigma(h) + b_1) + b_2\bigr) \odot \mathrm{sigmoid}(W_c\,c + b_c)
 
     (without a context, without the last factor), then a linear layer.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,11 @@ _Slot = tuple[dict[str, nn.Parameter | None], str, nn.Parameter]  # where a para
 _CHANGING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
+# `(how many, y, logdet)` of a run of steps from the first on in one operator, or None where there is none for them;
+# `ops.mlp_coupling` puts itself here.
+several: Callable[[Sequence[Step], Tensor, Tensor | None], tuple[int, Tensor, Tensor] | None] | None = None
+
+
 def apply(step: Step, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """`(y, logdet)` of one step."""
     layer, inverse = step
@@ -34,10 +39,18 @@ def apply(step: Step, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor
 def compose(steps: Sequence[Step], x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """`(y, logdet)` of all steps, one after the other."""
     total: Tensor | None = None
-    for step in steps:
-        x, logdet = apply(step, x, context)
-        if not step[0].volume_preserving:  # zeros need no addition, but one may have to give the batch's shape
+    at = 0
+    while at < len(steps):
+        run = several(steps[at:], x, context) if several is not None else None
+        if run is not None:
+            count, x, logdet = run
+        else:
+            count = 1
+            x, logdet = apply(steps[at], x, context)
+        # zeros need no addition, but one may have to give the batch's shape
+        if not all(step[0].volume_preserving for step in steps[at : at + count]):
             total = logdet if total is None else total + logdet
+        at += count
     return x, logdet if total is None else total
 
 

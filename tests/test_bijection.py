@@ -15,9 +15,12 @@ from torch import nn
 import pyflowgen
 from pyflowgen.bijection import Bijection, Chain, Inverse, sum_event
 from pyflowgen.layers import ActNorm, Dequantize, GlowStep, Logit, MultiScale, Permutation, Scale, Squeeze
+from pyflowgen.linear_flows import Householder, MatrixExponential
+from pyflowgen.low_rank_flows import Planar, Radial, Sylvester
 from pyflowgen.nets import MLP, ConvNet, ConvResNet, NormalPrior
 from pyflowgen.ops.affine_coupling import AdditiveCoupling, AffineCoupling
 from pyflowgen.ops.invertible_linear import Invertible1x1Conv, InvertibleLinear
+from pyflowgen.residual_flow import LipschitzMLP, ResidualFlow
 
 
 def randomise(module: nn.Module, spread: float = 0.4) -> nn.Module:
@@ -88,6 +91,16 @@ BIJECTIONS = {
     "chain": (vector_chain, (6,)),
     "chain_image": (image_chain, (2, 2, 2)),
     "multi_scale": (multi_scale, (1, 4, 4)),
+    "householder": (lambda: Householder(5, 3), (5,)),
+    "matrix_exponential": (lambda: MatrixExponential(4), (4,)),
+    "matrix_exponential_image": (lambda: MatrixExponential(3, event_dim=3), (3, 2, 4)),
+    "rotation": (lambda: MatrixExponential(4, skew=True), (4,)),
+    "planar": (lambda: Planar(4), (4,)),
+    "radial": (lambda: Radial(4), (4,)),
+    "sylvester": (lambda: Sylvester(5, 3), (5,)),
+    "sylvester_householder": (lambda: Sylvester(4, frame="householder"), (4,)),
+    "sylvester_triangular": (lambda: Sylvester(4, frame="triangular", flip=True), (4,)),
+    "residual_flow": (lambda: ResidualFlow(LipschitzMLP(4, [8], lipschitz=0.6)).eval(), (4,)),
     "multi_scale_with_priors": (multi_scale_with_priors, (1, 4, 4)),
     "glow_step": (lambda: glow_step(4, False, "lu"), (4, 2, 3)),
     "glow_step_odd": (lambda: glow_step(5, False, "dense"), (5, 2, 2)),
@@ -187,7 +200,10 @@ def test_state_dict_and_deepcopy_give_the_same_map(name):
         torch.testing.assert_close(other(x), f(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["chain", "chain_image", "multi_scale", "logit"])
+@pytest.mark.parametrize(
+    "name",
+    ["chain", "chain_image", "multi_scale", "logit", "householder", "planar", "radial", "sylvester", "residual_flow"],
+)
 def test_gradients_of_both_outputs(name):
     f, event = make(name)
     x = data(2, *event).requires_grad_()

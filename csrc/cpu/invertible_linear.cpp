@@ -2,6 +2,7 @@
 #include "formula/invertible_linear.h"
 
 #include <algorithm>
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -120,8 +121,8 @@ template <class C, class F> void each_chunk(const InvertibleLinearSizes& n, F f)
   const int64_t chunks = invertible_linear_chunks(n);
   torch::stable::parallel_for(0, chunks, 1 + (grain - 1) / (invertible_linear_chunk(n) * n.channels),
                               [&](int64_t begin, int64_t end) {
-                                std::vector<C> scratch(size_t(invertible_linear_scratch(n)));
-                                f(begin, end, scratch.data());
+                                const std::unique_ptr<C[]> scratch(new C[size_t(invertible_linear_scratch(n))]);
+                                f(begin, end, scratch.get());
                               });
 }
 
@@ -137,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, std::optiona
   with_dtype(x.scalar_type(), "invertible_linear", [&]<class T, class A>() {
     using C = ComputeType<T>;
     A* to = static_cast<A*>(logdet.mutable_data_ptr());
-    for (int64_t i = 0; i < n.batch; ++i) to[i] = A((inverse ? -map.log_abs : map.log_abs) * double(n.inner));
+    const A logdet_of_each = A((inverse ? -map.log_abs : map.log_abs) * double(call.positions()));
+    for (int64_t i = 0; i < call.batch(); ++i) to[i] = logdet_of_each;
     if (!x.numel()) return;
     if (inverse) {
       Solver<T, C> solver(map, false);
@@ -150,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, Tensor weight, std::optiona
     const std::vector<C> a = folded<C>(map, false);
     ChannelProduct<T, C> product{
         n, a.data(), a.data() + n.channels * n.channels, call.image<T>(in), call.image<T>(y), head, {}};
-    if (head) product.part = {static_cast<T*>(part.mutable_data_ptr()), *view3(part, call.batch_dims(), call.dims())};
+    if (head) product.part = call.image<T>(part);
     each_chunk<C>(n, [&](int64_t begin, int64_t end, C* scratch) {
       PYFLOWGEN_CALL(channel_product, product, begin, end, scratch);
     });
@@ -210,10 +212,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> dy, st
       std::vector<double> partial(size_t(segments * size));
       const int64_t share = invertible_linear_chunk(n) * c * chunks / segments;
       torch::stable::parallel_for(0, segments, 1 + (grain - 1) / share, [&](int64_t begin, int64_t end) {
-        std::vector<C> scratch(size_t(invertible_linear_scratch(n)));
+        const std::unique_ptr<C[]> scratch(new C[size_t(invertible_linear_scratch(n))]);
         for (int64_t s = begin; s < end; ++s) {
           double* to = partial.data() + s * size;
-          PYFLOWGEN_CALL(channel_backward, a, chunks * s / segments, chunks * (s + 1) / segments, scratch.data(), to,
+          PYFLOWGEN_CALL(channel_backward, a, chunks * s / segments, chunks * (s + 1) / segments, scratch.get(), to,
                          to + c * c);
         }
       });
@@ -221,12 +223,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> dy, st
         for (int64_t i = 0; i < size; ++i) sums[size_t(i)] += partial[size_t(s * size + i)];
     }
   });
-  const double dlog = (inverse ? -1 : 1) * total(dlogdet) * double(n.inner);
+  const double dlog = (inverse ? -1 : 1) * total(dlogdet) * double(call.positions());
   double* g = gradients.data();
   formula::linear_parameters_backward(formula::Alone(), c, map.f, map.packed, inverse, or_null(map.shift), sums.data(),
                                       sums.data() + c * c, dlog, work.data(), g, g + c * c, g + c * c + c);
   const auto narrowed = [&](const double* from, std::initializer_list<int64_t> sizes) {
-    Tensor result = torch::stable::new_empty(x, sizes);
+    Tensor result = call.empty(sizes);
     with_dtype(x.scalar_type(), "invertible_linear_backward", [&]<class T, class A>() {
       if constexpr (std::is_floating_point_v<T>) {
         fill(static_cast<T*>(result.mutable_data_ptr()), result.numel(), [&](int64_t i) { return from[i]; });
@@ -239,8 +241,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> dy, st
     return result;
   };
   const Tensor dweight = narrowed(g, {c, c});
-  return {dx.finish(), dweight, log_scale ? narrowed(g + c * c, {c}) : torch::stable::new_empty(x, {0}),
-          shift ? narrowed(g + c * c + c, {c}) : torch::stable::new_empty(x, {0})};
+  return {dx.finish(), dweight, log_scale ? narrowed(g + c * c, {c}) : call.empty({0}),
+          shift ? narrowed(g + c * c + c, {c}) : call.empty({0})};
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "cpu/gemm.h"
 #include "cpu/memory.h"
 
 namespace pyflowgen::PYFLOWGEN_ISA {
@@ -74,10 +75,40 @@ template <class T, class C> void write_row(const C* from, T* to, int64_t stride,
   }
 }
 
-// Row order[i] of `rows` (row i without an order) from channel i, scaled where `scale` is given.
+// A run whose channels are side by side in memory, square by square of pixels and channels.
+template <class C>
+void read_channels(const C* from, int64_t stride, Rows<C> rows, int64_t pixel, int64_t count, int64_t channels) {
+  for (int64_t k = 0; k < count; k += lanes<C>)
+    for (int64_t i = 0; i < channels; i += lanes<C>) {
+      const int tall = int(count - k < lanes<C> ? count - k : lanes<C>),
+                wide = int(channels - i < lanes<C> ? channels - i : lanes<C>);
+      Pack<C> square[lanes<C>] = {};
+      for (int j = 0; j < tall; ++j) square[j] = load_first<C>(from + (k + j) * stride + i, wide);
+      transpose<C>(square);
+      for (int j = 0; j < wide; ++j) store_first<C>(rows[i + j] + pixel + k, square[j], tall);
+    }
+}
+template <class C>
+void write_channels(Rows<C> rows, int64_t pixel, C* to, int64_t stride, int64_t count, int64_t channels) {
+  for (int64_t k = 0; k < count; k += lanes<C>)
+    for (int64_t i = 0; i < channels; i += lanes<C>) {
+      const int tall = int(count - k < lanes<C> ? count - k : lanes<C>),
+                wide = int(channels - i < lanes<C> ? channels - i : lanes<C>);
+      Pack<C> square[lanes<C>] = {};
+      for (int j = 0; j < wide; ++j) square[j] = load_first<C>(rows[i + j] + pixel + k, tall);
+      transpose<C>(square);
+      for (int j = 0; j < tall; ++j) store_first<C>(to + (k + j) * stride + i, square[j], wide);
+    }
+}
+
+// The first `channels` channels of an image's pixels to rows, with zeros up to the end of the last pack; and back.
 template <class T, class C> void read_rows(const InvertibleLinearSizes& n, const Chunk& c, const Image<const T>& image,
                                            int64_t channels, Rows<C> rows) {
   each_run(n, c, image, [&](int64_t pixel, const T* at, int64_t count) {
+    if constexpr (std::is_same_v<T, C>) {
+      if (image.s.channel == 1 && image.s.inner != 1)
+        return read_channels<C>(at, image.s.inner, rows, pixel, count, channels);
+    }
     for (int64_t i = 0; i < channels; ++i) read_row(at + i * image.s.channel, image.s.inner, rows[i] + pixel, count);
   });
   for (int64_t i = 0; i < channels; ++i)
@@ -86,6 +117,10 @@ template <class T, class C> void read_rows(const InvertibleLinearSizes& n, const
 template <class T, class C>
 void write_rows(const InvertibleLinearSizes& n, const Chunk& c, Rows<C> rows, int64_t channels, const Image<T>& image) {
   each_run(n, c, image, [&](int64_t pixel, T* at, int64_t count) {
+    if constexpr (std::is_same_v<T, C>) {
+      if (image.s.channel == 1 && image.s.inner != 1)
+        return write_channels<C>(rows, pixel, at, image.s.inner, count, channels);
+    }
     for (int64_t i = 0; i < channels; ++i) write_row(rows[i] + pixel, at + i * image.s.channel, image.s.inner, count);
   });
 }
@@ -237,9 +272,9 @@ PYFLOWGEN_INLINE void solve_pixels(const ChannelSolve<T, C>& a, Rows<C> v, int64
     solve_row<C, packs>(a.upper + i * n, i + 1, n, a.upper_reciprocal[i], v, i, pixel);
 }
 
-template <class C> void scale_row(C* row, int64_t pixels, C scale, C shift) {
+template <class C> void scale_row(const C* from, C* to, int64_t pixels, C scale, C shift) {
   const Pack<C> a = broadcast<C>(scale), b = broadcast<C>(shift);
-  for (int64_t k = 0; k < pixels; k += lanes<C>) store<C>(row + k, fma(load<C>(row + k), a, b));
+  for (int64_t k = 0; k < pixels; k += lanes<C>) store<C>(to + k, fma(load<C>(from + k), a, b));
 }
 }  // namespace
 
@@ -296,25 +331,18 @@ template <class T, class C> void channel_backward(const ChannelBackward<T, C>& a
 template <class T, class C> void channel_solve(const ChannelSolve<T, C>& a, int64_t begin, int64_t end, C* scratch) {
   constexpr int packs = 8;  // independent sums hide the latency of one
   const int64_t channels = a.n.channels, size = padded<C>(invertible_linear_chunk(a.n));
-  const Rows<C> v{scratch, size};
+  const Rows<C> v{scratch, size}, buffer{scratch + channels * size, size};
   for (int64_t t = begin; t < end; ++t) {
     const Chunk c = chunk(a.n, t);
     const int64_t pixels = padded<C>(c.pixels);
-    for (int64_t i = 0; i < channels; ++i) {
-      Image<const T> row = a.x;
-      row.p += a.from[i] * a.x.s.channel;
-      read_rows(a.n, c, row, 1, Rows<C>{v[i], size});
-      if (a.in_scale) scale_row<C>(v[i], pixels, a.in_scale[i], 0);
-    }
+    const Rows<const C> x = rows_of<T, C>(a.n, c, a.x, buffer);
+    for (int64_t i = 0; i < channels; ++i) scale_row<C>(x[a.from[i]], v[i], pixels, a.in_scale ? a.in_scale[i] : 1, 0);
     int64_t pixel = 0;
     for (; pixel + packs * lanes<C> <= pixels; pixel += packs * lanes<C>) solve_pixels<T, C, packs>(a, v, pixel);
     for (; pixel < pixels; pixel += lanes<C>) solve_pixels<T, C, 1>(a, v, pixel);
-    for (int64_t i = 0; i < channels; ++i) {
-      if (a.out_scale) scale_row<C>(v[i], pixels, a.out_scale[i], a.out_shift[i]);
-      Image<T> row = a.y;
-      row.p += a.to[i] * a.y.s.channel;
-      write_rows(a.n, c, Rows<C>{v[i], size}, 1, row);
-    }
+    for (int64_t i = 0; i < channels; ++i)
+      scale_row<C>(v[i], buffer[a.to[i]], pixels, a.out_scale ? a.out_scale[i] : 1, a.out_shift ? a.out_shift[i] : 0);
+    write_rows(a.n, c, buffer, channels, a.y);
   }
 }
 
