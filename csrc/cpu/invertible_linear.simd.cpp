@@ -12,6 +12,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/memory.h"
+#include "cpu/transpose.h"
 
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
