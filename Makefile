@@ -32,8 +32,9 @@ bench: $(INSTALLED)
 	$(BIN)/pyflowgen train realnvp --data digits --path reference --out run/reference
 	$(BIN)/pyflowgen evaluate run/fused
 	$(BIN)/pyflowgen sample run/fused -n 64 --grid run/samples.png
+	$(BIN)/pyflowgen gallery --out run/gallery.png --seconds 3
 	$(BIN)/pyflowgen bench --quick --rows run/rows.csv --html run/report.html \
-		--run fused=run/fused --run reference=run/reference --samples run/samples.png
+		--run fused=run/fused --run reference=run/reference --samples run/samples.png --gallery run/gallery.png
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q

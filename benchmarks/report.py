@@ -128,6 +128,10 @@ def allocator_words(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(words)
 
 
+def _inline(picture: Path) -> str:
+    return base64.b64encode(picture.read_bytes()).decode()
+
+
 def write_report(
     path: Path,
     rows: Sequence[dict[str, Any]],
@@ -137,8 +141,9 @@ def write_report(
     refused: Sequence[str] = (),
     runs: Mapping[str, Path] | None = None,
     samples: Sequence[Path] = (),
+    gallery: Path | None = None,
 ) -> None:
-    """Write the report. ``runs`` maps a name to a folder with ``metrics.jsonl``, ``samples`` are PNG files."""
+    """Write the report. ``runs`` maps a name to a folder with ``metrics.jsonl``; ``samples``, ``gallery`` are PNGs."""
     try:
         from jinja2 import Environment, FileSystemLoader
         from markupsafe import Markup
@@ -196,7 +201,8 @@ def write_report(
         allocator_words=allocator_words(rows),
         losses=Markup(plot.losses(lines)) if lines else "",
         race=race(lines),
-        samples=[{"name": p.stem, "data": base64.b64encode(p.read_bytes()).decode()} for p in samples],
+        samples=[{"name": p.stem, "data": _inline(p)} for p in samples],
+        gallery=_inline(gallery) if gallery else "",
         bandwidth=bandwidth,
         gemm={k: f"{v / 1e9:.0f} GFLOP/s" for k, v in (measured or {}).get("gemm", {}).items()},
     )

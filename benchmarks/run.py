@@ -491,11 +491,16 @@ def own_tree() -> Path | None:
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A sample grid (PNG) for the report.",
 )
+@click.option(
+    "--gallery",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The picture that pyflowgen gallery drew, for the report.",
+)
 @click.option("--no-bench", is_flag=True, help="Time nothing: make the report from the rows there are.")
 def bench(
     ops: tuple[str, ...], quick: bool, device: str, threads: int, rounds: int | None, gate: str, only: str,
     vs: str | None, csv_path: Path | None, json_path: Path | None, html_path: Path | None, runs: tuple[str, ...],
-    samples: tuple[Path, ...], no_bench: bool,
+    samples: tuple[Path, ...], gallery: Path | None, no_bench: bool,
 ) -> None:  # fmt: skip
     """Time OPs (all by default) against eager PyTorch, torch.compile and the installed peers."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -536,8 +541,9 @@ def bench(
         from .report import write_report
 
         write_report(
-            html_path, shown, machine=here, measured=measured, refused=refused, runs=named, samples=list(samples)
-        )
+            html_path, shown, machine=here, measured=measured, refused=refused, runs=named, samples=list(samples),
+            gallery=gallery,
+        )  # fmt: skip
     click.echo("")
     for line in [*refused, *summary(shown)]:
         click.echo(line)

@@ -72,6 +72,8 @@ class Bijection(nn.Module):
     volume_preserving: bool = False
     #: Whether `forward` draws random numbers and `inverse` has no useful derivative (see `Dequantize`).
     stochastic: bool = False
+    #: Whether a second evaluation gives the same: no random numbers are drawn and no state changes.
+    repeatable: bool = True
     #: Whether going back is as exact as going forward and about as cheap; an iterative `inverse` is not.
     exact_inverse: bool = True
 

@@ -21,6 +21,8 @@ _ITERATIONS = 200  # bisection alone takes 2 + the mantissa's bits
 class _LowRank(Bijection):
     """A flow on vectors whose parameters are its own, plus a linear function of the context where there is one."""
 
+    exact_inverse = False
+
     def __init__(self, features: int, context_features: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
         if features < 1 or context_features < 0:

@@ -90,6 +90,8 @@ def _parameters(layer: Bijection) -> list[_Slot] | None:
     for module in layer.modules():
         if getattr(module, "memory", None) == "recompute":  # a chain inside, of a multi-scale architecture, say
             return None
+        if not getattr(module, "repeatable", True):
+            return None
         if module.training and isinstance(module, _CHANGING) and getattr(module, "p", 1.0) > 0:
             return None
         for name, p in module._parameters.items():

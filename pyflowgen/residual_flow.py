@@ -192,6 +192,9 @@ class ResidualFlow(Bijection):
     (True, torch.Size([5]))
     """
 
+    repeatable = False
+    exact_inverse = False
+
     def __init__(
         self,
         g: nn.Module,

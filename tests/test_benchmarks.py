@@ -211,8 +211,10 @@ def test_the_report_is_one_file_with_everything_in_it(toy: Any, tmp_path: Path) 
         refused=refused,
         runs={"fused": folder},
         samples=[grid],
+        gallery=grid,
     )
     page = page_path.read_text()
+    assert "Densities in the plane" in page and page.count("data:image/png;base64,") == 2
     assert "A &lt;machine&gt;" in page and "data:image/png;base64," in page and "prefers-color-scheme: dark" in page
     assert page.count("<svg") == 4 and "best validation 2.5200" in page and "wrong: tensor 0" in page
     linked = [a for a in re.findall(r'(?:src|href)\s*=\s*"([^"]*)"', page) if not a.startswith(("#", "data:"))]
