@@ -14,11 +14,12 @@ from torch import nn
 
 import pyflowgen
 from pyflowgen.bijection import Bijection, Chain, Inverse, sum_event
-from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Scale, Squeeze
+from pyflowgen.layers import ActNorm, Dequantize, GlowStep, Logit, MultiScale, Permutation, Scale, Squeeze
 from pyflowgen.linear_flows import Householder, MatrixExponential
 from pyflowgen.low_rank_flows import Planar, Radial, Sylvester
-from pyflowgen.nets import MLP, ConvResNet
+from pyflowgen.nets import MLP, ConvNet, ConvResNet, NormalPrior
 from pyflowgen.ops.affine_coupling import AdditiveCoupling, AffineCoupling
+from pyflowgen.ops.invertible_linear import Invertible1x1Conv, InvertibleLinear
 from pyflowgen.residual_flow import LipschitzMLP, ResidualFlow
 
 
@@ -62,12 +63,26 @@ def multi_scale() -> MultiScale:
     return MultiScale([first, ActNorm(2, event_dim=3, init=False)], (1, 4, 4))
 
 
+def glow_step(features: int, additive: bool, factor: str) -> GlowStep:
+    net = ConvNet(features - features // 2, 4, features // 2 * (1 if additive else 2))
+    step = GlowStep(features, net, additive=additive, factor=factor)  # type: ignore[arg-type]
+    step.actnorm = ActNorm(features, event_dim=3, init=False)
+    return step
+
+
+def multi_scale_with_priors() -> MultiScale:
+    return MultiScale([Squeeze(), Squeeze()], (1, 4, 4), [NormalPrior(2, 2), NormalPrior(8)])
+
+
 BIJECTIONS = {
     "permutation": (lambda: Permutation.random(5, seed=0), (5,)),
     "permutation_channels": (lambda: Permutation.random(3, seed=0, dim=-3), (3, 2, 2)),
     "actnorm": (lambda: ActNorm(4, init=False), (4,)),
     "actnorm_image": (lambda: ActNorm(2, event_dim=3, init=False), (2, 3, 2)),
     "actnorm_sequence": (lambda: ActNorm(2, event_dim=2, init=False), (2, 5)),
+    "invertible_linear": (lambda: InvertibleLinear(4), (4,)),
+    "invertible_linear_dense": (lambda: InvertibleLinear(3, event_dim=2, factor="dense"), (3, 2)),
+    "invertible_1x1_conv": (lambda: Invertible1x1Conv(4), (4, 3, 2)),
     "scale": (lambda: Scale((2, 3), init=False), (2, 3)),
     "squeeze": (Squeeze, (2, 4, 2)),
     "logit": (lambda: Logit(0.05), (4,)),
@@ -86,6 +101,10 @@ BIJECTIONS = {
     "sylvester_householder": (lambda: Sylvester(4, frame="householder"), (4,)),
     "sylvester_triangular": (lambda: Sylvester(4, frame="triangular", flip=True), (4,)),
     "residual_flow": (lambda: ResidualFlow(LipschitzMLP(4, [8], lipschitz=0.6)).eval(), (4,)),
+    "multi_scale_with_priors": (multi_scale_with_priors, (1, 4, 4)),
+    "glow_step": (lambda: glow_step(4, False, "lu"), (4, 2, 3)),
+    "glow_step_odd": (lambda: glow_step(5, False, "dense"), (5, 2, 2)),
+    "glow_step_additive": (lambda: glow_step(3, True, "lu"), (3, 2, 2)),
 }
 
 
@@ -247,7 +266,9 @@ def test_wrong_use_is_refused_in_words():
             method(torch.zeros(1))
 
 
-@pytest.mark.parametrize("module", ["bijection", "layers", "nets", "flow", "models.nice", "models.realnvp"])
+@pytest.mark.parametrize(
+    "module", ["bijection", "layers", "nets", "flow", "models.nice", "models.realnvp", "models.glow"]
+)
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"pyflowgen.{module}"))
     assert result.attempted > 0 and result.failed == 0
@@ -256,7 +277,11 @@ def test_docstring_examples(module):
 def test_every_layer_is_under_test():
     import pyflowgen.layers as layers
 
-    known = {n for n, c in vars(layers).items() if isinstance(c, type) and issubclass(c, Bijection) and n[0] != "_"}
-    assert known - {"Bijection"} == {
-        c.__name__ for c in (ActNorm, Dequantize, Logit, MultiScale, Permutation, Scale, Squeeze)
+    known = {
+        n
+        for n, c in vars(layers).items()
+        if isinstance(c, type) and issubclass(c, Bijection) and n[0] != "_" and c.__module__ == layers.__name__
+    }
+    assert known == {
+        c.__name__ for c in (ActNorm, Dequantize, GlowStep, Logit, MultiScale, Permutation, Scale, Squeeze)
     }

@@ -13,19 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyflowgen import _native
-from pyflowgen.bijection import Bijection
+from pyflowgen.coupling import Coupling, Mask, check_tensors, expand_mask, reference_gradients
 
 Scale = Literal["exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus"]
 Order = Literal["scale_shift", "shift_scale"]
 Layout = Literal["halves", "interleaved", "pairs"]
-Mask = Literal["halves", "channel", "interleaved", "checkerboard"]
 
 # The place in the tuple is the code that the operators take; 0 is the additive coupling and separate tensors.
 _SCALES = ("additive", "exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus")
 _LAYOUTS = (None, "halves", "interleaved", "pairs")
 _DEFAULT_CLAMP = {"tanh": 2.0, "atan": 2.0, "softclip": -math.log(1e-3)}
 _ORDERS = ("scale_shift", "shift_scale")
-_MASKS = ("halves", "channel", "interleaved", "checkerboard")
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -249,16 +247,7 @@ def _arguments(
     if torch.is_autocast_enabled(x.device.type):  # a log-determinant is not for half precision
         x, shift = x.float(), shift.float()
         log_scale = None if log_scale is None else log_scale.float()
-    for name, tensor in (("x", x), ("shift", shift), ("log_scale", log_scale)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, expected x's {x.dtype} on {x.device}; "
-                "convert it, or use torch.autocast"
-            )
+    check_tensors(x=x, shift=shift, log_scale=log_scale)
 
     code = _LAYOUTS.index(layout)
     dim = x.dim() - event_dim
@@ -302,17 +291,7 @@ def _arguments(
                 f"shift has shape {tuple(shift.shape)}, expected {tuple(target)}: "
                 f"the packed parameters of x, shape {tuple(x.shape)}, in layout {layout!r}"
             )
-    if mask is not None:
-        if part is not None:
-            raise ValueError("mask and part exclude each other")
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.device != x.device:
-            raise ValueError(f"mask must be a bool tensor on {x.device}")
-        try:
-            mask = mask.expand(x.shape[dim:])
-        except RuntimeError:
-            raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, expected x's event shape {tuple(x.shape[dim:])}"
-            ) from None
+    mask = expand_mask(mask, x, dim, part)
     code_scale = 0 if code == 0 and log_scale is None else _SCALES.index(scale)
     return (
         x, shift, log_scale, mask, code, start, step, code_scale, clamp, order == "shift_scale", bool(inverse),
@@ -342,17 +321,9 @@ class _AffineCoupling(torch.autograd.Function):
                 dshift = dshift[(slice(None),) * dim + (slice(start, end, step),)]
             return dy, dshift, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
-            inputs = [t for t, need in zip((x, params, log_scale), ctx.needs_input_grad[:3], strict=True) if need]
-            outputs = _reference(x, params, log_scale, mask, *ctx.options)
-            pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet), strict=True) if g is not None and o.requires_grad]
-            grads = iter(
-                torch.autograd.grad(
-                    [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
-                )
-                if pairs
-                else [None] * len(inputs)
+            dx, dparams, dlog_scale = reference_gradients(
+                _reference, (x, params, log_scale), ctx.needs_input_grad, (mask, *ctx.options), (dy, dlogdet)
             )
-            dx, dparams, dlog_scale = (next(grads) if need else None for need in ctx.needs_input_grad[:3])
         else:
             dx, dparams, dlog_scale = torch.ops.pyflowgen.affine_coupling_backward(
                 dy, dlogdet, x, params, log_scale, mask, *ctx.options
@@ -361,76 +332,7 @@ class _AffineCoupling(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------------------ layers
-class _Coupling(Bijection):
-    """Split by a mask, condition on one part, transform the other; one pass over x whatever the mask."""
-
-    def __init__(
-        self, conditioner: nn.Module, *, mask: Mask | Tensor = "halves", swap: bool = False, event_dim: int = 1
-    ) -> None:
-        super().__init__()
-        name = type(self).__name__
-        if not callable(conditioner):
-            raise TypeError(f"{name}: conditioner is {type(conditioner).__name__}, expected a module")
-        if event_dim < 1:
-            raise ValueError(f"{name}: event_dim is {event_dim}, expected at least 1")
-        if isinstance(mask, Tensor):
-            if mask.dtype != torch.bool or mask.dim() > event_dim:
-                raise ValueError(
-                    f"{name}: mask is {mask.dtype} of shape {tuple(mask.shape)}, "
-                    f"expected bool of at most event_dim={event_dim} dimensions"
-                )
-        elif mask not in _MASKS:
-            raise ValueError(f"{name}: mask is {mask!r}, expected one of {_MASKS} or a bool tensor")
-        elif mask == "checkerboard" and event_dim < 2:
-            raise ValueError(f"{name}: mask 'checkerboard' needs images, event_dim at least 2, got {event_dim}")
-        self.conditioner, self.swap, self.event_dim = conditioner, swap, event_dim
-        self.mask = "tensor" if isinstance(mask, Tensor) else mask
-        self.transformed: Tensor
-        transformed = mask.logical_xor(torch.tensor(swap)) if isinstance(mask, Tensor) else torch.empty(0)
-        self.register_buffer("transformed", transformed, persistent=isinstance(mask, Tensor))
-
-    def _parameters_and_part(
-        self, x: Tensor, context: Tensor | None
-    ) -> tuple[Tensor, tuple[int, int] | None, Tensor | None]:
-        """(conditioner's output, part, mask): what it is given is the part that stays as it is."""
-        dim = x.dim() - self.event_dim
-        if dim < 0:
-            raise ValueError(
-                f"{type(self).__name__}: x has shape {tuple(x.shape)}, expected {self.event_dim} event dims"
-            )
-        channels = x.shape[dim]
-        part, mask = None, None
-        if self.mask in ("checkerboard", "tensor"):
-            mask = self._checkerboard(x) if self.mask == "checkerboard" else self.transformed
-            same = torch.where(mask, 0, x)
-        else:
-            if channels < 2:
-                raise ValueError(
-                    f"{type(self).__name__}: x has shape {tuple(x.shape)}, "
-                    f"expected at least 2 channels for mask {self.mask!r}"
-                )
-            if self.mask == "interleaved":
-                part = (0, 2) if self.swap else (1, 2)
-                same = x[(slice(None),) * dim + (slice(1 - part[0], None, 2),)]
-            else:  # the first half has the odd channel
-                first = channels - channels // 2
-                part = (0, 1) if self.swap else (first, 1)
-                same = x.narrow(dim, first, channels - first) if self.swap else x.narrow(dim, 0, first)
-        return (self.conditioner(same) if context is None else self.conditioner(same, context)), part, mask
-
-    def _checkerboard(self, x: Tensor) -> Tensor:
-        """True where row + column is odd (even when swapped), of the last two dimensions."""
-        h, w = x.shape[-2:]
-        if self.transformed.shape != (h, w) or self.transformed.device != x.device:
-            rows, columns = torch.arange(h, device=x.device), torch.arange(w, device=x.device)
-            self.transformed = (rows[:, None] + columns) % 2 == (0 if self.swap else 1)
-        return self.transformed
-
-    def extra_repr(self) -> str:
-        return f"mask={self.mask!r}, swap={self.swap}, event_dim={self.event_dim}"
-
-
-class AffineCoupling(_Coupling):
+class AffineCoupling(Coupling):
     r"""Affine coupling layer: one part of x is scaled and shifted by functions of the other, which stays.
 
     .. math:: y_a = x_a \qquad y_b = x_b\,e^{\ell(s(x_a))} + t(x_a) \qquad \log|\det| = \sum \ell(s(x_a))
@@ -476,21 +378,19 @@ class AffineCoupling(_Coupling):
         self.scale: Scale = scale
         self.clamp, self.order, self.layout = clamp, order, layout
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        params, part, mask = self._parameters_and_part(x, context)
+    def _transform(
+        self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         return affine_coupling(
             x, params, scale=self.scale, clamp=self.clamp, order=self.order, inverse=inverse, event_dim=self.event_dim,
             layout=self.layout, part=part, mask=mask,
         )  # fmt: skip
 
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.forward(y, context, inverse=True)
-
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale!r}, clamp={self.clamp}, order={self.order!r}"
 
 
-class AdditiveCoupling(_Coupling):
+class AdditiveCoupling(Coupling):
     r"""Additive coupling layer of NICE, :math:`y_a = x_a,\; y_b = x_b + t(x_a)`: volume is kept, ``logdet`` is 0.
 
     Args:
@@ -510,12 +410,10 @@ class AdditiveCoupling(_Coupling):
 
     volume_preserving = True
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        params, part, mask = self._parameters_and_part(x, context)
+    def _transform(
+        self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         return affine_coupling(x, params, inverse=inverse, event_dim=self.event_dim, part=part, mask=mask)
-
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.forward(y, context, inverse=True)
 
 
 # -------------------------------------------------------------------------------------------------------- fake
