@@ -112,7 +112,7 @@ inline Tensor copy_of(const Tensor& t) {
 template <class T, class F>
 void run(const RecurrentShape& shape, int64_t gates, int64_t columns, bool forward, int64_t meetings, const F& step) {
   // Weights that a core's own cache holds; work and weights below which two threads cost more than they save.
-  constexpr int64_t cache = 1 << 20, least = 160 << 10;
+  constexpr int64_t cache = 512 << 10, least = 160 << 10;
   const int64_t weights = gates * shape.hidden * shape.hidden * int64_t(sizeof(T));
   const int64_t work = weights * std::max<int64_t>(1, shape.batch / 4);
   const int64_t most = work < least ? 1 : torch::stable::get_num_threads();
