@@ -313,6 +313,15 @@ def test_usual_path_is_the_kernel():
     assert seen(lambda: call(pyflowgen.trn, half, steps=3)) == set(), "16 bits are the reference's"
 
 
+def fused_step(layer):
+    """An optimizer step that no version counter counts."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    with torch.enable_grad():
+        layer(torch.randn(2, 3, 5)).scores.square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @kernel
 def test_stream_packs_once_and_anew_when_weights_change():
     torch.manual_seed(0)
@@ -324,6 +333,8 @@ def test_stream_packs_once_and_anew_when_weights_change():
         for change in (
             lambda: layer.dec_cell.weight_hh.mul_(1.5),
             lambda: layer.load_state_dict(TRN(5, 7, 4, steps=3).state_dict()),
+            lambda: fused_step(layer),
+            lambda: layer.hx_trans[0].weight.data.add_(0.5),
             lambda: setattr(layer.classifier, "weight", nn.Parameter(torch.randn(4, 7))),
             lambda: layer.double(),
         ):
