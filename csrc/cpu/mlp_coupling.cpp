@@ -94,9 +94,29 @@ struct Call {
     size_t weight = 0, index = 0, log_scale = 0, shift = 0;
     for (size_t i = 0; i < count; ++i) {
       const int64_t* o = a.options.data() + options_of_step * i;
-      Step s{o[0],        o[1],  o[2],        o[3],        o[4],   o[5],  o[6],      bool(o[7]), bool(o[8]), o[9],
-             bool(o[10]), o[11], bool(o[12]), o[13], o[14], o[15],
-             a.numbers.data() + numbers_of_step * i, weight, index, log_scale, shift,      0,          0};
+      Step s{o[0],
+             o[1],
+             o[2],
+             o[3],
+             o[4],
+             o[5],
+             o[6],
+             bool(o[7]),
+             bool(o[8]),
+             o[9],
+             bool(o[10]),
+             o[11],
+             bool(o[12]),
+             o[13],
+             o[14],
+             o[15],
+             a.numbers.data() + numbers_of_step * i,
+             weight,
+             index,
+             log_scale,
+             shift,
+             0,
+             0};
       STD_TORCH_CHECK(0 <= s.layers && s.layers <= mlp_max_layers && weight + size_t(s.layers) <= a.weights.size(), op,
                       ": takes up to ", mlp_max_layers, " layers a step, and the weights of all");
       weight += size_t(s.layers), index += s.permuted, log_scale += s.scaled != 0, shift += s.shifted;
@@ -149,10 +169,14 @@ struct Call {
     STD_TORCH_CHECK(0 <= s.activation && s.activation < activations, op, ": there is no activation ", s.activation);
     STD_TORCH_CHECK(0 <= s.scale && s.scale <= int64_t(AffineScale::softplus), op, ": there is no scale ", s.scale);
     STD_TORCH_CHECK(s.layout == 1 || s.layout == 2, op, ": layout must be halves or interleaved");
-    const int64_t count = s.scale ? in / 2 : in;
     STD_TORCH_CHECK(
-        in % (s.scale ? 2 : 1) == 0 && s.start >= 0 && s.step >= 1 && s.start + (count - 1) * s.step < channels, op,
-        ": ", in, " parameters from channel ", s.start, " by ", s.step, " do not fit ", channels, " channels");
+        s.bins == 0 || (2 <= s.bins && s.bins <= 64 && s.convention >= 0 &&
+                        s.convention <= int64_t(SplineConvention::torchflows) &&
+                        (SplineTails(s.tails) == SplineTails::linear || SplineTails(s.tails) == SplineTails::circular)),
+        op, ": splines have 2 to 64 bins, a known convention, and linear or circular tails");
+    const int64_t per = s.per_channel(), count = in / per;
+    STD_TORCH_CHECK(in % per == 0 && s.start >= 0 && s.step >= 1 && s.start + (count - 1) * s.step < channels, op, ": ",
+                    in, " parameters from channel ", s.start, " by ", s.step, " do not fit ", channels, " channels");
     STD_TORCH_CHECK(s.conditioning >= 1 && s.same_start >= 0 && s.same_step >= 1 &&
                         s.same_start + (s.conditioning - 1) * s.same_step < channels,
                     op, ": ", s.conditioning, " conditioning channels from ", s.same_start, " by ", s.same_step,
@@ -225,8 +249,28 @@ struct Call {
         o.log_scale_offset = !s.scale ? 0 : interleaved ? 1 : count;
         o.spline = s.bins > 0;
         if (o.spline) {
-          o.s = {0, channels, 1, s.start, s.step, count, s.bins, s.derivatives(), SplineConvention(s.convention),
-                 SplineTails(s.tails), n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], s.inverse, false};
+          o.s = {0,
+                 channels,
+                 1,
+                 s.start,
+                 s.step,
+                 count,
+                 s.bins,
+                 s.derivatives(),
+                 SplineConvention(s.convention),
+                 SplineTails(s.tails),
+                 n[1],
+                 n[2],
+                 n[3],
+                 n[4],
+                 n[5],
+                 n[6],
+                 n[7],
+                 n[8],
+                 n[9],
+                 n[10],
+                 s.inverse,
+                 false};
           o.parameter_stride = per;
         }
         o.context = context ? data<T>(context->x) : nullptr, o.context_stride = context ? context->stride : 0;

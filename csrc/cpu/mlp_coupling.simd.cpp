@@ -156,10 +156,22 @@ template <class T> void transform(const MlpCoupling<T>& o, const Block<T>& block
   const Strides x{block.stride, 1, 0}, y{o.channels, 1, 0}, mask{0, 1, 0}, by_parameter = parameter_strides(o);
   T* const to = o.y + block.first * o.channels;
   if (o.spline)
-    rational_quadratic_spline<T, T>(
-        {of_rows(o.s, block.rows), block.x, x, behind(o, parameters, 0), behind(o, parameters, o.s.bins),
-         behind(o, parameters, 2 * o.s.bins), nullptr, {}, nullptr, {}, o.mask, mask, to, y, logdet},
-        0, block.rows, nullptr);
+    rational_quadratic_spline<T, T>({of_rows(o.s, block.rows),
+                                     block.x,
+                                     x,
+                                     behind(o, parameters, 0),
+                                     behind(o, parameters, o.s.bins),
+                                     behind(o, parameters, 2 * o.s.bins),
+                                     nullptr,
+                                     {},
+                                     nullptr,
+                                     {},
+                                     o.mask,
+                                     mask,
+                                     to,
+                                     y,
+                                     logdet},
+                                    0, block.rows, nullptr);
   else
     affine_coupling<T, T>(
         {of_rows(o.o, block.rows), block.x, x, parameters, by_parameter,
@@ -176,11 +188,28 @@ template <class T> void transform_backward(const MlpCouplingBackward<T>& b, cons
   const T* const dlogdet = b.dlogdet + block.first * b.dlogdet_stride;
   const int64_t bins = o.s.bins, offset = o.log_scale_offset;
   if (o.spline)
-    rational_quadratic_spline_backward<T, T>(
-        {of_rows(o.s, block.rows), dy, b.dy_strides, dlogdet, b.dlogdet_stride, block.x, x, behind(o, parameters, 0),
-         behind(o, parameters, bins), behind(o, parameters, 2 * bins), nullptr, {}, nullptr, {}, o.mask, mask, dx, out,
-         behind(o, dparameters, 0), behind(o, dparameters, bins), behind(o, dparameters, 2 * bins)},
-        0, block.rows, false);
+    rational_quadratic_spline_backward<T, T>({of_rows(o.s, block.rows),
+                                              dy,
+                                              b.dy_strides,
+                                              dlogdet,
+                                              b.dlogdet_stride,
+                                              block.x,
+                                              x,
+                                              behind(o, parameters, 0),
+                                              behind(o, parameters, bins),
+                                              behind(o, parameters, 2 * bins),
+                                              nullptr,
+                                              {},
+                                              nullptr,
+                                              {},
+                                              o.mask,
+                                              mask,
+                                              dx,
+                                              out,
+                                              behind(o, dparameters, 0),
+                                              behind(o, dparameters, bins),
+                                              behind(o, dparameters, 2 * bins)},
+                                             0, block.rows, false);
   else
     affine_coupling_backward<T, T>(
         {of_rows(o.o, block.rows), dy, b.dy_strides, dlogdet, b.dlogdet_stride, block.x, x, parameters, by_parameter,

@@ -86,8 +86,8 @@ def mlp_coupling_reference(
 
 
 def _parameters(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], context: Tensor | None, activation: Activation,
-    same: Part, mask: Tensor | None,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], context: Tensor | None,
+    activation: Activation, same: Part, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """What the conditioner gives."""
     if mask is not None:
@@ -251,7 +251,8 @@ def _operands(x: Tensor, context: Tensor | None, steps: Sequence[Step], paramete
         x, context, parameters[:n], [nothing if b is None else b for b in parameters[n : 2 * n]],
         [nothing if s.mask is None else s.mask for s in steps],
         [s.permutation for s in steps if s.permutation is not None],
-        parameters[2 * n : m], parameters[m:], [o for s in steps for o in s.options()], [n for s in steps for n in s.numbers],
+        parameters[2 * n : m], parameters[m:], [o for s in steps for o in s.options()],
+        [number for s in steps for number in s.numbers],
     )  # fmt: skip
 
 
