@@ -1,5 +1,5 @@
-"""A training step of neural spline flows on vectors of 64 and of 2: couplings of 8 bins, conditioners of 2 ReLU layers of
-128, batch 1024.
+"""A training step of neural spline flows on vectors of 64 and of 2: couplings of 8 bins, conditioners of 2 layers of
+128 with ReLU, batch 1024.
 
 Every library builds the model its own way, with as many couplings, bins and conditioner sizes, and returns the mean
 negative log-likelihood. A peer is gated against its own float64 run. normflows' couplings have, besides, a spline of

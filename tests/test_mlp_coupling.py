@@ -273,8 +273,8 @@ def test_splines(options: dict[str, Any], dtype: torch.dtype) -> None:
             truth, plain = evaluate(inverse, exact, exact_x), evaluate(inverse, layer, x)
         for got, its, want in zip(evaluate(inverse, layer, x), plain, truth, strict=True):
             error, its_error = ((v.double() - want).abs().max() / want.abs().max() for v in (got, its))
-            # In float64 the reference is the truth, and has no error to be compared with.
-            assert error <= (2 * its_error + 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-10)
+            # Once for the products, twice for the spline. In float64 the reference is the truth, and has no error.
+            assert error <= (3 * its_error + 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-10)
 
 
 def test_a_run_of_layers_twice_differentiable() -> None:
