@@ -106,9 +106,11 @@ def _spline_reference(x: Tensor, context: Tensor | None, s: Step) -> tuple[Tenso
     h = _parameters(x, s.weights, s.biases, context, _NAMES[s.activation], s.same, s.mask)
     bins, convention, tails = s.spline
     start, step = s.part if s.mask is None else (0, 1)
+    left, right, bottom, top, width, height, slope, edge, clip, scale = s.numbers[1:]
     return spline._reference(
-        x, h, None, None, None, None, s.mask, bins, 2, start, step, convention, tails, *s.numbers[1:], s.inverse, 1
-    )
+        x, h, None, None, None, None, s.mask, bins, 2, start, step, convention, tails, left, right, bottom, top, width,
+        height, slope, edge, clip, scale, s.inverse, 1,
+    )  # fmt: skip
 
 
 def _reference(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
@@ -434,7 +436,8 @@ def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[T
 
 def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> Step | None:
     """A coupling layer as a step, when its conditioner is a plain perceptron and all fits; else None."""
-    kind, numbers = _NO_SPLINE, _NO_NUMBERS
+    kind = _NO_SPLINE
+    numbers: tuple[float, ...] = _NO_NUMBERS
     if isinstance(layer, affine.AffineCoupling) and type(layer) is affine.AffineCoupling:
         name, shift_first, layout = layer.scale, layer.order == "shift_scale", layer.layout
         if layout == "pairs":
