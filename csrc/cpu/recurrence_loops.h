@@ -323,7 +323,7 @@ template <class T> void pack_part(int gates, int64_t hidden, int64_t depth, int 
         Pack<T> v[side];
 #pragma GCC unroll 16
         for (int n = 0; n < side; ++n) v[n] = load<T>(weight + n * depth + k);
-        transpose<T>(v);
+        transpose(v);
 #pragma GCC unroll 16
         for (int n = 0; n < side; ++n) store<T>(panel + (k + n) * gates * side, v[n]);
       }

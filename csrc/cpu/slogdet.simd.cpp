@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cpu/memory.h"
+#include "cpu/transpose.h"
 #include "formula/slogdet.h"
 
 namespace pyflowgen::PYFLOWGEN_ISA {
@@ -28,7 +29,6 @@ inline constexpr int forward_in_lanes = 24, backward_in_lanes = 16, rows_at_once
 // ---------------------------------------------------------------------------------------- doubles from and to storage
 
 typedef float f32half __attribute__((vector_size(vector_bytes / 2)));
-typedef int32_t i32half __attribute__((vector_size(vector_bytes / 2)));
 
 // L elements on their way between memory and doubles: doubles, or floats for all else.
 template <class T> using Narrow = std::conditional_t<std::is_same_v<T, double>, V, f32half>;
@@ -69,25 +69,6 @@ template <class T> PYFLOWGEN_INLINE void store_narrow(T* p, Narrow<T> v, int cou
 PYFLOWGEN_INLINE V widen(f32half v) { return __builtin_convertvector(v, V); }
 PYFLOWGEN_INLINE V widen(V v) { return v; }
 template <class N> PYFLOWGEN_INLINE N narrow(V v) { return __builtin_convertvector(v, N); }
-
-// r[i][j] and r[j][i] exchanged, L x L: halves, quarters, ... of the lanes change places.
-template <int s = 1, class N> PYFLOWGEN_INLINE void transpose(N (&r)[L]) {
-  if constexpr (s < L) {
-    std::conditional_t<sizeof(N) == sizeof(V), i64v, i32half> low, high;
-    for (int i = 0; i < L; ++i) {
-      low[i] = i & s ? L + i - s : i;
-      high[i] = i & s ? L + i : i + s;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < L; ++i) {
-      if (i & s) continue;
-      const N a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + s] = __builtin_shuffle(a, b, high);
-    }
-    transpose<2 * s>(r);
-  }
-}
 
 // ------------------------------------------------------------------------------------------- a matrix in every lane
 
