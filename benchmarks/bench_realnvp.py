@@ -42,12 +42,13 @@ def net(n_in: int, n_out: int) -> nn.Sequential:
     )
 
 
-def _pyflowgen() -> nn.Module:
+def realnvp(couplings: int = COUPLINGS, **options: Any) -> Any:
     from pyflowgen.models.realnvp import RealNVP
 
     model = RealNVP(
-        FEATURES, couplings=COUPLINGS, hidden=(HIDDEN, HIDDEN), scale="exp", actnorm=False, permutation="none"
-    )
+        FEATURES, couplings=couplings, hidden=(HIDDEN, HIDDEN), scale="exp", actnorm=False, permutation="none",
+        **options,
+    )  # fmt: skip
     for layer in model.modules():  # the last layers start at zero: drawn anew, so that the gate sees every gradient
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.3 / math.sqrt(layer.in_features))
@@ -55,7 +56,7 @@ def _pyflowgen() -> nn.Module:
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    return Loss(_pyflowgen(), lambda model, x: -model.log_prob(x).mean())
+    return Loss(realnvp(), lambda model, x: -model.log_prob(x).mean())
 
 
 def reference(device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -65,7 +66,7 @@ def reference(device: torch.device, dtype: torch.dtype) -> nn.Module:
         with reference_path():
             return -model.log_prob(x).mean()
 
-    return Loss(_pyflowgen(), loss)
+    return Loss(realnvp(), loss)
 
 
 class MaskFree(nn.Module):
@@ -88,7 +89,7 @@ class MaskFree(nn.Module):
 def mask_free(device: torch.device, dtype: torch.dtype) -> nn.Module:
     from pyflowgen.ops.affine_coupling import AffineCoupling
 
-    conditioners = [layer.conditioner for layer in _pyflowgen().modules() if isinstance(layer, AffineCoupling)]
+    conditioners = [layer.conditioner for layer in realnvp().modules() if isinstance(layer, AffineCoupling)]
     return Loss(MaskFree(conditioners), lambda model, x: nll(*model(x)))
 
 

@@ -104,9 +104,18 @@ def use_kernel(op: str, x: Tensor) -> bool:
         (op, x.device.type) in _kernels
         and x.dtype in _KERNEL_DTYPES
         and not _reference_only
-        and not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
+        and not transforms_active()
     )
+
+
+def transforms_active() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def reference_only() -> bool:
+    """Whether :func:`reference_path` is in force."""
+    return _reference_only
 
 
 def tracing() -> bool:

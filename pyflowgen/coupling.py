@@ -14,6 +14,10 @@ Mask = Literal["halves", "channel", "interleaved", "checkerboard"]
 
 _MASKS = ("halves", "channel", "interleaved", "checkerboard")
 
+# A coupling and its conditioner in one operator, or None where there is none for them; `ops.mlp_coupling`, which stands
+# on the ops of the single couplings, puts itself here.
+whole_layer: Callable[[Any, Tensor, Tensor | None, bool], tuple[Tensor, Tensor] | None] | None = None
+
 
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
     """A floating-point x, and the others of its dtype on its device."""
@@ -120,6 +124,30 @@ class Coupling(Bijection):
                 part = (0, 1) if self.swap else (first, 1)
                 same = x.narrow(dim, first, channels - first) if self.swap else x.narrow(dim, 0, first)
         return (self.conditioner(same) if context is None else self.conditioner(same, context)), part, mask
+
+    def _transform(
+        self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
+        if self.event_dim == 1 and whole_layer is not None:
+            result = whole_layer(self, x, context, inverse)
+            if result is not None:
+                return result
+        return self._transform(x, *self._parameters_and_part(x, context), inverse)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.forward(y, context, inverse=True)
+
+    def rebuild(
+        self, y: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = y.detach().requires_grad_()  # the conditioner sees the part that x and y share: once is enough
+        params, part, mask = self._parameters_and_part(x, context)
+        with torch.no_grad():
+            x.data = self._transform(y, params, part, mask, not inverse)[0]
+        return x, *self._transform(x, params, part, mask, inverse)
 
     def _checkerboard(self, x: Tensor) -> Tensor:
         """True where row + column is odd (even when swapped), of the last two dimensions."""

@@ -47,12 +47,17 @@ template <class T> inline constexpr int chunk_rows = 8 * tile_rows<T>;
 inline constexpr int depth_block = 256;
 inline constexpr int group_panels = 4;
 
-// out[rows][out_row..] = addend[rows][addend_row..] (0 when null) + A[rows][depth] B[depth][tile_columns]; rows <=
-// tile_rows.
+// What happens to a sum while it is in a register: something is added, and ReLU applied, or it is kept where ReLU let
+// the value through that is given in the addend's place.
+enum class Finish { add, add_relu, relu_backward };
+
+// out[rows][out_row..] = finish(A[rows][depth] B[depth][tile_columns], addend[rows][addend_row..] or 0 when null);
+// rows <= tile_rows.
 //   A(m,k) = a[m * a_row + k * a_depth], where one of the strides is 1; b contiguous.
 //   columns: how many of the tile are asked for; whole vectors of them are written. addend_row 0: one row for all.
 template <class T> void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                                  const T* b, const T* addend, int64_t addend_row, T* out, int64_t out_row);
+                                  const T* b, const T* addend, int64_t addend_row, T* out, int64_t out_row,
+                                  Finish finish = Finish::add);
 
 // The same for at most narrow_columns columns and row-major A: vectors run along k, not along the nearly empty panel.
 // gemm_narrow_columns takes the columns out of a block of B, zeros after them.
@@ -134,7 +139,9 @@ template <class T> PYFLOWGEN_INLINE bool gemm_copies(int64_t height, int64_t a_r
 template <class T> struct Target {
   T* out;
   int64_t out_row;
-  const T* addend;  // one row, or null
+  const T* addend;         // or null
+  int64_t addend_row = 0;  // 0: one row for all
+  Finish finish = Finish::add;
 };
 
 // The epilogue on a finished tile, its first element being C(m, n).
@@ -153,8 +160,8 @@ PYFLOWGEN_INLINE void finish(int64_t rows, int columns, const T* tile, int64_t m
 
 // Tasks begin <= t < end of C[rows][columns] = A[rows][depth] B[depth][columns].
 //   epilogue(m, n, v, count): v holds C(m, n .. n + count - 1) in its first count lanes; 1 <= count <= lanes<T>.
-//   An epilogue that is no more than out = addend + C may also have target(m, n) -> Target of C(m, n): whole tiles are
-//   then stored from the registers.
+//   An epilogue that is no more than a Finish may also have target(m, n) -> Target of C(m, n): whole tiles are then
+//   stored from the registers.
 template <class T, class Matrix, class Epilogue> void gemm(const GemmPlan& plan, const T* a, int64_t a_row,
                                                            int64_t a_depth, const Matrix& b, int64_t begin, int64_t end,
                                                            const Epilogue& epilogue) {
@@ -194,8 +201,9 @@ template <class T, class Matrix, class Epilogue> void gemm(const GemmPlan& plan,
           const int64_t m = part_start(height, steps, t), n = part_start(height, steps, t + 1) - m;
           if constexpr (requires { epilogue.target(0, 0); })
             if (only && used == width) {
-              const auto [out, out_row, addend] = epilogue.target(first + m, panel * width);
-              gemm_tile<T>(int(n), used, part, block_a + m * row, row, step, block_b, addend, 0, out, out_row);
+              const auto [out, out_row, addend, addend_row, finish] = epilogue.target(first + m, panel * width);
+              gemm_tile<T>(int(n), used, part, block_a + m * row, row, step, block_b, addend, addend_row, out, out_row,
+                           finish);
               continue;
             }
           T* tile = only ? tiles[0][0] : tiles[panel - from][m];

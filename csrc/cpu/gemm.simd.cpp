@@ -3,13 +3,15 @@
 
 #include <utility>
 
+#include "cpu/transpose.h"
+
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
 
 // One instance per height, so that the accumulators are registers and not an array in memory.
 template <class T, int rows, int vectors, bool row_major>
 [[gnu::noinline]] void tile_of(int64_t depth, const T* a, int64_t stride, const T* b, const T* addend,
-                               int64_t addend_row, T* out, int64_t out_row) {
+                               int64_t addend_row, T* out, int64_t out_row, Finish finish) {
   Pack<T> sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += tile_columns<T>) {
     Pack<T> bk[vectors];
@@ -22,13 +24,23 @@ template <class T, int rows, int vectors, bool row_major>
       for (int v = 0; v < vectors; ++v) sum[m][v] = fma(am, bk[v], sum[m][v]);
     }
   }
+  const auto put = [&](auto finished) __attribute__((always_inline)) {
 #pragma GCC unroll 14
-  for (int m = 0; m < rows; ++m)
+    for (int m = 0; m < rows; ++m)
 #pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t at = v * lanes<T>;
-      store<T>(out + m * out_row + at, addend ? load<T>(addend + m * addend_row + at) + sum[m][v] : sum[m][v]);
-    }
+      for (int v = 0; v < vectors; ++v) {
+        const int64_t at = v * lanes<T>;
+        const Pack<T> given = addend ? load<T>(addend + m * addend_row + at) : Pack<T>{};
+        store<T>(out + m * out_row + at, finished(sum[m][v], given));
+      }
+  };
+  if (finish == Finish::add_relu)
+    put([](Pack<T> c, Pack<T> given) {
+      const Pack<T> z = given + c;
+      return z < 0 ? Pack<T>{} : z;  // NaN stays
+    });
+  else if (finish == Finish::relu_backward) put([](Pack<T> c, Pack<T> y) { return y <= 0 ? Pack<T>{} : c; });
+  else put([&](Pack<T> c, Pack<T> given) { return addend ? given + c : c; });  // -0 stays
 }
 
 template <class T, int vectors, bool row_major, int... rows, class... Args>
@@ -38,37 +50,18 @@ PYFLOWGEN_INLINE void dispatch(std::integer_sequence<int, rows...>, int n, Args.
   tiles[n - 1](args...);
 }
 
-// Transpose of lanes x lanes elements by exchanging ever larger blocks across the diagonal.
-template <class T, int step = 1> PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
-  if constexpr (step < lanes<T>) {
-    using Index = Pack<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
-    Index low, high;
-    for (int i = 0; i < lanes<T>; ++i) {
-      low[i] = i & step ? lanes<T> + i - step : i;
-      high[i] = i & step ? lanes<T> + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes<T>; ++i)
-      if (!(i & step)) {
-        const Pack<T> a = v[i], b = v[i | step];
-        v[i] = __builtin_shuffle(a, b, low);
-        v[i | step] = __builtin_shuffle(a, b, high);
-      }
-    transpose<T, 2 * step>(v);
-  }
-}
-
 }  // namespace
 
 template <class T> void gemm_tile(int rows, int columns, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
-                                  const T* b, const T* addend, int64_t addend_row, T* out, int64_t out_row) {
+                                  const T* b, const T* addend, int64_t addend_row, T* out, int64_t out_row,
+                                  Finish finish) {
   constexpr auto heights = std::make_integer_sequence<int, tile_rows<T>>();
   if (columns > lanes<T>) {
-    if (a_depth == 1) dispatch<T, 2, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
-    else dispatch<T, 2, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
+    if (a_depth == 1) dispatch<T, 2, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row, finish);
+    else dispatch<T, 2, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row, finish);
   } else {
-    if (a_depth == 1) dispatch<T, 1, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row);
-    else dispatch<T, 1, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row);
+    if (a_depth == 1) dispatch<T, 1, true>(heights, rows, depth, a, a_row, b, addend, addend_row, out, out_row, finish);
+    else dispatch<T, 1, false>(heights, rows, depth, a, a_depth, b, addend, addend_row, out, out_row, finish);
   }
 }
 
@@ -146,7 +139,8 @@ template <class T> void gemm_pack(int columns, int64_t depth, const T* b, int64_
 }
 
 #define INSTANTIATE(T) \
-  template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, const T*, int64_t, T*, int64_t); \
+  template void gemm_tile<T>(int, int, int64_t, const T*, int64_t, int64_t, const T*, const T*, int64_t, T*, int64_t, \
+                             Finish); \
   template void gemm_narrow_tile<T>(int, int, int64_t, const T*, int64_t, const T(*)[depth_block], bool, T*); \
   template void gemm_pack<T>(int, int64_t, const T*, int64_t, int64_t, T*);
 INSTANTIATE(float)

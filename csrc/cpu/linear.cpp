@@ -1,59 +1,14 @@
 // linear on the CPU: tensors to pointers, threads, registration.
 #include "linear.h"
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <array>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
+
+#include "cpu/rows.h"
 
 namespace pyflowgen {
 namespace {
-
-using torch::stable::Tensor;
-using ScalarType = torch::headeronly::ScalarType;
-
-// Below so many multiply-adds a thread, waking it costs more than it saves.
-constexpr int64_t work_per_thread = 1 << 19;
-
-std::string shape_of(const Tensor& t) {
-  std::string s = "(";
-  for (int64_t i = 0; i < t.dim(); ++i) s += (i ? ", " : "") + std::to_string(t.size(i));
-  return s + ")";
-}
-
-// A dense CPU tensor; the direct call costs a fifth of one through the dispatcher.
-Tensor empty(const int64_t* sizes, int64_t dim, const Tensor& like) {
-  std::vector<int64_t> strides(dim, 1);
-  for (int64_t i = dim - 2; i >= 0; --i) strides[i] = strides[i + 1] * std::max<int64_t>(1, sizes[i + 1]);
-  int32_t dtype;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-Tensor empty(std::initializer_list<int64_t> sizes, const Tensor& like) {
-  return empty(sizes.begin(), int64_t(sizes.size()), like);
-}
-
-// The rows of x as [batch][in]: how many, and how far apart; x itself unless its layout forbids that.
-struct Rows {
-  Tensor x;
-  int64_t count, stride;
-};
-Rows rows_of(const Tensor& x, int64_t in) {
-  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= in) return {x, x.size(0), x.stride(0)};
-  int64_t count = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) count *= x.size(i);
-  return {x.is_contiguous() ? x : torch::stable::contiguous(x), count, in};
-}
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(weight.dim() == 2, "linear: weight must be (out_features, in_features), got shape ",
@@ -66,22 +21,6 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
                   "linear: x, weight and bias must have one dtype");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                   "linear: the kernel takes float32 and float64");
-}
-
-template <class T> const T* data(const Tensor& t) { return static_cast<const T*>(t.data_ptr()); }
-template <class T> T* out(const Tensor& t) { return static_cast<T*>(t.data_ptr()); }
-
-int64_t threads_for(int64_t work) {
-  if (work < 2 * work_per_thread) return 1;
-  return std::min<int64_t>(torch::stable::get_num_threads(), work / work_per_thread);
-}
-
-// f(part) for part = 0 .. threads - 1.
-template <class F> void in_threads(int64_t threads, const F& f) {
-  if (threads == 1) return f(0);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
 }
 
 template <class T> Tensor pack(const Tensor& weight) {

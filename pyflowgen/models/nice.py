@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pyflowgen.bijection import Bijection, Chain
+from pyflowgen.bijection import CHECKPOINT_EVERY, Bijection, Chain, Memory
 from pyflowgen.flow import DiagNormal, Flow, Logistic
 from pyflowgen.layers import Scale
 from pyflowgen.nets import MLP
@@ -30,6 +30,7 @@ class NICE(Flow):
         activation: activation of m.
         scale: end with the scaling layer; without it the map preserves volume.
         context_features: size of a context vector given to every m; 0 for none.
+        memory, checkpoint_every: what backward keeps of the layers, see `Chain`.
 
     Defaults are the paper's for MNIST (five hidden layers of 1000). Data are floats; dequantise pixels to [0, 1] first.
 
@@ -52,6 +53,8 @@ class NICE(Flow):
         activation: str = "relu",
         scale: bool = True,
         context_features: int = 0,
+        memory: Memory = "store",
+        checkpoint_every: int | None = CHECKPOINT_EVERY,
     ) -> None:
         if features < 2 or couplings < 1:
             raise ValueError(f"NICE: features={features}, couplings={couplings}, expected at least 2 and 1")
@@ -66,7 +69,7 @@ class NICE(Flow):
             layers.append(AdditiveCoupling(net, mask="interleaved", swap=bool(i % 2)))
         if scale:
             layers.append(Scale(features, std=std))
-        super().__init__(base(features), Chain(*layers))
+        super().__init__(base(features), Chain(*layers, memory=memory, checkpoint_every=checkpoint_every))
         self.config: dict[str, Any] = dict(
             features=features,
             couplings=couplings,
@@ -75,4 +78,6 @@ class NICE(Flow):
             activation=activation,
             scale=scale,
             context_features=context_features,
+            memory=memory,
+            checkpoint_every=checkpoint_every,
         )

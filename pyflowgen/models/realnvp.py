@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pyflowgen.bijection import Bijection, Chain
+from pyflowgen.bijection import CHECKPOINT_EVERY, Bijection, Chain, Memory
 from pyflowgen.coupling import Mask
 from pyflowgen.flow import DiagNormal, Flow
-from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Squeeze
+from pyflowgen.layers import ActNorm, MultiScale, Squeeze
+from pyflowgen.models.parts import Mixing, check_mixing, mixing, to_reals
 from pyflowgen.nets import MLP, ConvResNet
 from pyflowgen.ops.affine_coupling import AffineCoupling
 from pyflowgen.ops.affine_coupling import Scale as ScaleMap
@@ -33,13 +34,15 @@ class RealNVP(Flow):
         scales: number of scales (images).
         scale, clamp: map of the log-scale and its bound, see `affine_coupling`; the default is tanh as in the paper.
         actnorm: put an `ActNorm` before each coupling.
-        permutation: `"random"` (drawn from `seed`), `"reverse"` or `"none"` between pairs of couplings (vectors).
+        permutation: what stands between pairs of couplings: `"random"` (a permutation drawn from `seed`), `"reverse"`,
+            `"lu"` (an `InvertibleLinear`) or `"none"` (vectors).
         alpha: map data in [0, 1] to the real line by `Logit(alpha)` first; None for data that live there.
         levels: data are integers `0..levels-1`, dequantised by `Dequantize(levels)` before anything else; None for
             continuous data.
         activation: activation of the conditioners.
         context_features: size of a context vector given to every conditioner; 0 for none.
         weight_norm: weight-normalise the conditioners' 3×3 convolutions (images).
+        memory, checkpoint_every: what backward keeps of the layers, see `Chain`.
         seed: seed of the permutations.
 
     Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017.
@@ -67,25 +70,22 @@ class RealNVP(Flow):
         scale: ScaleMap = "tanh",
         clamp: float | None = None,
         actnorm: bool = True,
-        permutation: Literal["random", "reverse", "none"] = "random",
+        permutation: Mixing = "random",
         alpha: float | None = None,
         levels: int | None = None,
         activation: str = "relu",
         context_features: int = 0,
         weight_norm: bool = False,
+        memory: Memory = "store",
+        checkpoint_every: int | None = CHECKPOINT_EVERY,
         seed: int = 0,
     ) -> None:
         shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
         n = len(shape)
         if n not in (1, 3) or min(shape) < 1 or (n == 1 and shape[0] < 2):
             raise ValueError(f"RealNVP: event_shape is {shape}, expected (features,) of at least 2, or (C, H, W)")
-        if permutation not in ("random", "reverse", "none"):
-            raise ValueError(f"RealNVP: permutation is {permutation!r}, expected 'random', 'reverse' or 'none'")
-        layers: list[Bijection] = []
-        if levels is not None:
-            layers.append(Dequantize(levels, event_dim=n))
-        if alpha is not None:
-            layers.append(Logit(alpha, event_dim=n))
+        check_mixing(permutation, "RealNVP")
+        layers = to_reals(levels, alpha, n)
 
         def step(c: int, mask: Mask, swap: bool) -> list[Bijection]:
             """ActNorm and coupling on `c` channels; the transformed part and what is conditioned on by `mask`."""
@@ -112,12 +112,8 @@ class RealNVP(Flow):
             if couplings < 1:
                 raise ValueError(f"RealNVP: couplings is {couplings}, expected at least 1")
             for i in range(couplings):
-                if i and i % 2 == 0 and permutation != "none":
-                    layers.append(
-                        Permutation.reverse(shape[0])
-                        if permutation == "reverse"
-                        else Permutation.random(shape[0], seed=seed * 1000 + i)
-                    )
+                if i and i % 2 == 0:
+                    layers += mixing(permutation, shape[0], seed * 1000 + i)
                 layers += step(shape[0], "halves", swap=bool(i % 2))
         else:
             if scales < 1 or any(s % 2 ** (scales - 1) for s in shape[1:]):
@@ -139,9 +135,10 @@ class RealNVP(Flow):
                     for i in range(3):
                         stage += step(4 * c, "channel", swap=bool(i % 2))
                     c *= 2  # squeeze gives four times, factoring out takes half
-                stages.append(Chain(*stage))
+                stages.append(Chain(*stage, memory=memory, checkpoint_every=checkpoint_every))
             layers.append(MultiScale(stages, shape))
-        super().__init__(DiagNormal(math.prod(shape)), Chain(*layers), event_shape=shape)
+        chain = Chain(*layers, memory=memory, checkpoint_every=checkpoint_every)
+        super().__init__(DiagNormal(math.prod(shape)), chain, event_shape=shape)
         self.config: dict[str, Any] = dict(
             event_shape=list(shape),
             couplings=couplings,
@@ -158,5 +155,7 @@ class RealNVP(Flow):
             activation=activation,
             context_features=context_features,
             weight_norm=weight_norm,
+            memory=memory,
+            checkpoint_every=checkpoint_every,
             seed=seed,
         )

@@ -378,15 +378,13 @@ class AffineCoupling(Coupling):
         self.scale: Scale = scale
         self.clamp, self.order, self.layout = clamp, order, layout
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        params, part, mask = self._parameters_and_part(x, context)
+    def _transform(
+        self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         return affine_coupling(
             x, params, scale=self.scale, clamp=self.clamp, order=self.order, inverse=inverse, event_dim=self.event_dim,
             layout=self.layout, part=part, mask=mask,
         )  # fmt: skip
-
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.forward(y, context, inverse=True)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, scale={self.scale!r}, clamp={self.clamp}, order={self.order!r}"
@@ -412,12 +410,10 @@ class AdditiveCoupling(Coupling):
 
     volume_preserving = True
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        params, part, mask = self._parameters_and_part(x, context)
+    def _transform(
+        self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         return affine_coupling(x, params, inverse=inverse, event_dim=self.event_dim, part=part, mask=mask)
-
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.forward(y, context, inverse=True)
 
 
 # -------------------------------------------------------------------------------------------------------- fake

@@ -564,16 +564,14 @@ class SplineCoupling(Coupling):
         """How many parameters the conditioner gives for every transformed element."""
         return 3 * bins + _DERIVATIVES[3 if tails is not None and not isinstance(tails, str) else _TAILS.index(tails)]
 
-    def forward(self, x: Tensor, context: Tensor | None = None, *, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        params, part, mask = self._parameters_and_part(x, context)
+    def _transform(
+        self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
         return rational_quadratic_spline(
             x, params, bound=self.bound, tails=self.tails, inverse=inverse, min_bin_width=self.min_bin_width,
             min_bin_height=self.min_bin_height, min_derivative=self.min_derivative, convention=self.convention,
             scale=self.scale, event_dim=self.event_dim, layout=self.layout, bins=self.bins, part=part, mask=mask,
         )  # fmt: skip
-
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.forward(y, context, inverse=True)
 
     def extra_repr(self) -> str:
         return (

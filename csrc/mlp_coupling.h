@@ -1,0 +1,87 @@
+// mlp_coupling: a run of coupling layers with their conditioners (multi-layer perceptrons), each one step:
+// permutation, scale and shift of every channel, split, conditioner, transform, merge, what is absent left out. The
+// contract between the adapter that knows tensors and the kernels that do not. T is float or double.
+//
+// Rows go through a step in blocks: a block's activations and the packed weights stay in cache from the first product
+// to the transform, and a thread takes its rows through all steps without waiting for another. The backward pass goes
+// by groups of rows, each with sums of its own that are added in order at the end, so that results depend neither on
+// the number of threads nor on who took what.
+#pragma once
+
+#include <cstdint>
+
+#include "affine_coupling.h"
+#include "cpu/isa.h"
+#include "linear.h"
+
+namespace pyflowgen {
+
+inline constexpr int mlp_max_layers = 16;
+
+template <class T> struct MlpCoupling {
+  int64_t rows, channels;
+  // First of all u[k] = x[index[k]], then u * scale + shift, or (u + shift) * scale; null: as it is. scale is
+  // e^(scale_sign s), and the step's log-determinant begins at scale_sign * sum of s, logdet_start.
+  const int64_t* index;
+  const T *scale, *shift;
+  bool shift_first;
+  double logdet_start;
+  int scale_sign;
+  // The conditioner: products (0: no coupling), sizes from the input (channels that stay, then the context) to the
+  // parameters.
+  int64_t layers, size[mlp_max_layers + 1];
+  const T* weight[mlp_max_layers];  // [size[i + 1]][size[i]]
+  const T* bias[mlp_max_layers];    // [size[i + 1]] or null
+  Activation activation;
+  // What it is given: channels same_start + k same_step; with a mask all of them, zero where they are transformed.
+  int64_t same_start, same_step, same_count;
+  const uint8_t* mask;  // [channels] or null
+  int64_t context_size;
+  // The transform, its options and how a row of parameters is read; o.batch is not used.
+  AffineCouplingOptions o;
+  int64_t parameter_stride, log_scale_offset;  // log_scale_offset 0: additive
+  const T* x;
+  int64_t x_stride;  // [rows][channels]
+  const T* context;
+  int64_t context_stride;  // [rows][context_size]
+  T* y;                    // [rows][channels]
+  T* logdet;               // [rows]
+  bool add_logdet;         // to what is there
+  T* saved;  // for the backward pass or null: every hidden layer [rows][size], then parameters [rows][size]
+};
+
+template <class T> struct MlpCouplingBackward {
+  MlpCoupling<T> forward;  // y, logdet null
+  const T* dy;             // may be dx
+  Strides dy_strides;      // (rows, channels, 0), strides 0 at a zero when there is none
+  const T* dlogdet;
+  int64_t dlogdet_stride;  // (rows); likewise
+  bool need_input, need_parameters;
+  T* dx;        // [rows][channels]
+  T* dcontext;  // [rows][context_size] or null
+  bool add_dcontext;
+  T *dscale, *dshift;  // [channels], of s and of the given shift, or null
+  T* dweight[mlp_max_layers];
+  T* dbias[mlp_max_layers];  // or null
+  T* sums;                   // [groups][mlp_coupling_sums]
+};
+
+// Rows of a block of the forward pass, and groups of the backward pass.
+inline constexpr int64_t mlp_block_rows = 64;
+int64_t mlp_coupling_groups(int64_t rows);
+
+// clang-format off
+PYFLOWGEN_PER_ISA(
+  // Elements of the workspace that a thread brings, 64-byte aligned, and of a group's sums.
+  template <class T> int64_t mlp_coupling_workspace(const MlpCoupling<T>&);
+  template <class T> int64_t mlp_coupling_backward_workspace(const MlpCoupling<T>&);
+  template <class T> int64_t mlp_coupling_sums(const MlpCoupling<T>&);
+  // Blocks begin <= b < end of mlp_block_rows rows.
+  template <class T> void mlp_coupling(const MlpCoupling<T>&, int64_t begin, int64_t end, T* workspace);
+  // Groups begin <= g < end; then, when all are done, the parameters' gradients: part `part` of `parts` equal ones.
+  template <class T> void mlp_coupling_backward(const MlpCouplingBackward<T>&, int64_t begin, int64_t end, T* workspace);
+  template <class T> void mlp_coupling_reduce(const MlpCouplingBackward<T>&, int64_t part, int64_t parts);
+)
+// clang-format on
+
+}  // namespace pyflowgen

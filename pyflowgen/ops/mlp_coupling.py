@@ -1,0 +1,536 @@
+"""A whole coupling layer, split, conditioner, transform and merge, in one operator.
+
+In this order: reference, function with its gradient, fake.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import pyflowgen.ops.affine_coupling as affine
+import pyflowgen.ops.linear as product
+from pyflowgen import _native, coupling, recompute
+from pyflowgen.bijection import Bijection
+from pyflowgen.ops.affine_coupling import Order, Scale
+from pyflowgen.ops.linear import Activation
+
+Part = tuple[int, int]
+
+_MOST_LAYERS = 16
+_NAMES: dict[int, Activation] = {code: name for name, code in product._FUSED.items()}  # type: ignore[misc]
+
+
+class Step(NamedTuple):
+    """One step of the operator: permutation, scale and shift of the channels, then a coupling; what is absent left out.
+
+    The numbers are those that the operator takes; no weights: no coupling.
+    """
+
+    weights: tuple[Tensor, ...] = ()
+    biases: tuple[Tensor | None, ...] = ()
+    activation: int = 0
+    same: Part = (0, 1)
+    part: Part = (0, 1)
+    scale: int = 0
+    clamp: float = 0.0
+    shift_first: bool = False
+    inverse: bool = False
+    layout: int = 1
+    mask: Tensor | None = None
+    permutation: Tensor | None = None
+    scaled: int = 0  # 1: u exp(log_scale) + shift; -1: (u - shift) exp(-log_scale)
+    log_scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def options(self) -> tuple[int, ...]:
+        return (
+            len(self.weights), self.activation, *self.same, *self.part, self.scale, self.shift_first, self.inverse,
+            self.layout, self.permutation is not None, self.scaled, self.shift is not None,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- reference
+def mlp_coupling_reference(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None = None,
+    *,
+    activation: Activation = "relu",
+    scale: Scale | None = "exp",
+    clamp: float | None = None,
+    order: Order = "scale_shift",
+    inverse: bool = False,
+    layout: Literal["halves", "interleaved"] = "halves",
+    same: Part = (0, 1),
+    part: Part | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Plain PyTorch definition of :func:`mlp_coupling`, with the same arguments."""
+    part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
+    if mask is not None:
+        h = torch.where(mask, 0, x)
+    else:
+        count = weights[0].shape[1] - (0 if context is None else context.shape[-1])
+        h = x[..., same[0] : same[0] + (count - 1) * same[1] + 1 : same[1]]
+    if context is not None:
+        h = torch.cat([h, context.expand(*x.shape[:-1], -1)], -1)
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        h = product.linear_reference(h, weight, bias, activation if i + 1 < len(weights) else "none")
+    where: Any = {"mask": mask} if mask is not None else {"part": part}
+    if scale is None:
+        return affine.affine_coupling_reference(x, h, inverse=inverse, **where)
+    return affine.affine_coupling_reference(
+        x, h, scale=scale, clamp=clamp, order=order, inverse=inverse, layout=layout, **where
+    )
+
+
+def _reference(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+    """The definition of the operator."""
+    total = torch.zeros((), dtype=x.dtype).expand(x.shape[:-1])
+    for s in steps:
+        if s.permutation is not None:
+            x = x.index_select(-1, s.permutation)
+        if s.log_scale is not None:
+            shift = 0 if s.shift is None else s.shift
+            x = x * s.log_scale.exp() + shift if s.scaled > 0 else (x - shift) * (-s.log_scale).exp()
+            total = total + s.scaled * s.log_scale.sum()
+        if s.weights:
+            name = affine._SCALES[s.scale]
+            x, logdet = mlp_coupling_reference(
+                x, s.weights, s.biases, context, mask=s.mask,
+                activation=_NAMES[s.activation],
+                scale=name if s.scale else None,  # type: ignore[arg-type]
+                clamp=s.clamp if name in affine._DEFAULT_CLAMP else None,
+                order="shift_scale" if s.shift_first else "scale_shift", inverse=s.inverse,
+                layout="interleaved" if s.layout == 2 else "halves", same=s.same, part=s.part,
+            )  # fmt: skip
+            total = total + logdet
+    return x, total
+
+
+# ----------------------------------------------------------------------------------------------------- function
+def mlp_coupling(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None = None,
+    *,
+    activation: Activation = "relu",
+    scale: Scale | None = "exp",
+    clamp: float | None = None,
+    order: Order = "scale_shift",
+    inverse: bool = False,
+    layout: Literal["halves", "interleaved"] = "halves",
+    same: Part = (0, 1),
+    part: Part | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Affine or additive coupling whose parameters come from a multi-layer perceptron, as one operator.
+
+    .. math:: h_0 = [x_a, c] \qquad h_{i+1} = \phi(W_i h_i + b_i) \qquad (t, s) = W_n h_n + b_n \\
+              y_a = x_a \qquad y_b = x_b\,e^{\ell(s)} + t \qquad \log|\det| = \sum \ell(s)
+
+    Rows go through in blocks that stay in cache from the split to the merge, forward and backward; the backward pass
+    keeps every hidden layer and the parameters, as the layers one by one would. :class:`pyflowgen.AffineCoupling` and
+    :class:`pyflowgen.AdditiveCoupling` call it by themselves when their conditioner is a plain perceptron.
+
+    Args:
+        x: ``(*batch, channels)``.
+        weights: :math:`W_i`, each ``(out, in)`` as in ``torch.nn.Linear``; at most 16.
+        biases: :math:`b_i`, each ``(out,)`` or None.
+        context: c, ``(*batch, features)`` or broadcastable to it, joined to the first layer's input.
+        activation: :math:`\phi`, as in :func:`linear`, after every layer but the last.
+        scale, clamp, order, inverse: as in :func:`affine_coupling`; ``scale=None`` is the additive coupling.
+        layout: how the last layer's output is read, ``"halves"`` or ``"interleaved"``.
+        same: ``(start, step)`` of the channels that condition; how many, the first weight says.
+        part: ``(start, step)`` of those that are transformed; by default those after the conditioning ones.
+        mask: bool ``(channels,)`` instead of both: True is transformed; the conditioner is given all channels, zero
+            where they are transformed, and gives parameters for all.
+
+    Returns:
+        ``(y, logdet)`` as :func:`affine_coupling`. float32 and float64 run here on the CPU; anything else, autocast and
+        the activations that :func:`linear` does not fuse are evaluated layer by layer.
+
+    Raises:
+        ValueError: a shape or option that does not fit, named with what was expected.
+        TypeError: dtypes that differ.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio, *Density estimation using Real NVP*, 2016.
+
+    Example:
+        >>> import torch, pyflowgen
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> x = torch.randn(8, 4)
+        >>> y, logdet = pyflowgen.mlp_coupling(x, [net[0].weight, net[2].weight], [net[0].bias, net[2].bias])
+        >>> plain = pyflowgen.affine_coupling(x, net(x[:, :2]), layout="halves", part=(2, 1))
+        >>> torch.allclose(y, plain[0], atol=1e-6), torch.allclose(logdet, plain[1], atol=1e-6)
+        (True, True)
+    """
+    if not runs(x, activation):
+        return mlp_coupling_reference(
+            x, weights, biases, context, activation=activation, scale=scale, clamp=clamp, order=order, inverse=inverse,
+            layout=layout, same=same, part=part, mask=mask,
+        )  # fmt: skip
+    part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
+    step = Step(
+        tuple(weights), tuple(biases), product._FUSED[activation], same, part,
+        0 if scale is None else affine._SCALES.index(scale),
+        0.0 if scale is None else affine._check_options(scale, clamp, order, layout),
+        order == "shift_scale", bool(inverse), affine._LAYOUTS.index(layout), mask,
+    )  # fmt: skip
+    return run(x, context, [step])
+
+
+def runs(x: Tensor, activation: str) -> bool:
+    """Whether the operator takes this x and activation."""
+    return (
+        isinstance(x, Tensor)
+        and (x.dtype is torch.float32 or x.dtype is torch.float64)
+        and activation in product._FUSED
+        and _native.use_kernel("mlp_coupling", x)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def run(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
+    """The operator, with its gradient where one is asked for; arguments known to fit."""
+    if context is not None and context.shape[:-1] != x.shape[:-1]:
+        context = context.expand(*x.shape[:-1], -1)
+    parameters = [
+        *(w for s in steps for w in s.weights), *(b for s in steps for b in s.biases),
+        *(s.log_scale for s in steps if s.log_scale is not None), *(s.shift for s in steps if s.shift is not None),
+    ]  # fmt: skip
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (context is not None and context.requires_grad)
+        or any(p is not None and p.requires_grad for p in parameters)
+    ):
+        y, logdet = _MlpCoupling.apply(x, context, steps, *parameters)  # type: ignore[no-untyped-call]
+        return y, logdet
+    y, logdet, _ = torch.ops.pyflowgen.mlp_coupling.default(*_operands(x, context, steps, parameters), False)
+    return y, logdet
+
+
+def _operands(x: Tensor, context: Tensor | None, steps: Sequence[Step], parameters: Sequence[Tensor | None]) -> Any:
+    """The operator's arguments but the last, for `parameters` in the place of the steps' own."""
+    n = sum(len(s.weights) for s in steps)
+    m = 2 * n + sum(s.log_scale is not None for s in steps)
+    nothing = x.new_empty(0)
+    return (
+        x, context, parameters[:n], [nothing if b is None else b for b in parameters[n : 2 * n]],
+        [nothing if s.mask is None else s.mask for s in steps],
+        [s.permutation for s in steps if s.permutation is not None],
+        parameters[2 * n : m], parameters[m:], [o for s in steps for o in s.options()], [s.clamp for s in steps],
+    )  # fmt: skip
+
+
+def _check(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    context: Tensor | None,
+    activation: str,
+    scale: str | None,
+    clamp: float | None,
+    order: str,
+    layout: str,
+    same: Part,
+    part: Part | None,
+    mask: Tensor | None,
+) -> Part:
+    """Check everything; returns the transformed part."""
+    if activation not in product._ACTIVATIONS:
+        raise ValueError(f"activation must be one of {tuple(product._ACTIVATIONS)}, got {activation!r}")
+    if layout not in ("halves", "interleaved"):
+        raise ValueError(f"layout must be 'halves' or 'interleaved', got {layout!r}")
+    affine._check_options(scale or "exp", clamp, order, layout)
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        raise ValueError(f"x must be a tensor of shape (*batch, channels), got {getattr(x, 'shape', type(x).__name__)}")
+    if not 1 <= len(weights) <= _MOST_LAYERS or len(biases) != len(weights):
+        raise ValueError(
+            f"weights and biases must have one length of 1 to {_MOST_LAYERS}, got {len(weights)} and {len(biases)}"
+        )
+    given = {f"weights[{i}]": w for i, w in enumerate(weights)}
+    given |= {f"biases[{i}]": b for i, b in enumerate(biases) if b is not None}
+    given |= {} if context is None else {"context": context}
+    for name, tensor in given.items():
+        if tensor.device != x.device or (tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+            raise TypeError(f"{name} is {tensor.dtype} on {tensor.device}, expected x's {x.dtype} on {x.device}")
+    wide = 0
+    if context is not None:
+        try:
+            context.expand(*x.shape[:-1], -1)
+        except RuntimeError:
+            raise ValueError(
+                f"context has shape {tuple(context.shape)}, expected {(*x.shape[:-1], 'features')} or broadcastable"
+            ) from None
+        wide = context.shape[-1]
+    before = weights[0].shape[-1]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if weight.dim() != 2 or weight.shape[1] != before:
+            raise ValueError(f"weights[{i}] has shape {tuple(weight.shape)}, expected (out, {before})")
+        before = weight.shape[0]
+        if bias is not None and bias.shape != (before,):
+            raise ValueError(f"biases[{i}] has shape {tuple(bias.shape)}, expected ({before},)")
+    conditioning, channels = weights[0].shape[1] - wide, x.shape[-1]
+    if scale is not None and before % 2:
+        raise ValueError(f"weights[{len(weights) - 1}] gives {before} parameters, expected an even number")
+    count = before if scale is None else before // 2
+    if mask is not None:
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != (channels,):
+            raise ValueError(f"mask must be a bool tensor of shape ({channels},)")
+        if conditioning != channels or count != channels:
+            raise ValueError(
+                f"weights take {conditioning} channels and give parameters for {count}, expected {channels} each: with "
+                f"a mask the conditioner is from and for all of x, shape {tuple(x.shape)}"
+            )
+        return 0, 1
+    if part is None:
+        part = same[0] + conditioning * same[1], 1
+    for name, (start, step), size in (("same", same, conditioning), ("part", part, count)):
+        if start < 0 or step < 1 or size < 1 or start + (size - 1) * step >= channels:
+            raise ValueError(
+                f"{name}=({start}, {step}) with {size} channels by the weights does not fit the {channels} channels "
+                f"of x, shape {tuple(x.shape)}"
+            )
+    return part
+
+
+class _MlpCoupling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, context, steps, *parameters):  # type: ignore[no-untyped-def]
+        y, logdet, saved = torch.ops.pyflowgen.mlp_coupling.default(*_operands(x, context, steps, parameters), True)
+        ctx.save_for_backward(x, context, saved, *parameters)
+        # Without their parameters, which are saved where a change in place is noticed.
+        ctx.steps = steps
+        ctx.set_materialize_grads(False)
+        return y, logdet
+
+    @staticmethod
+    def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def]
+        x, context, saved, *parameters = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+            dx, dcontext, *dparameters = _differentiable(  # type: ignore[no-untyped-call]
+                x, context, ctx.steps, parameters, needs, dy, dlogdet
+            )
+            return dx, dcontext, None, *dparameters
+        operands = _operands(x, context, ctx.steps, parameters)
+        dx, dcontext, gradients = torch.ops.pyflowgen.mlp_coupling_backward.default(
+            dy, dlogdet, *operands[:8], saved, *operands[8:], needs[0] or needs[1], any(needs[3:])
+        )
+        return (
+            dx if needs[0] else None, dcontext if needs[1] else None, None,
+            *(g if need else None for g, need in zip(gradients, needs[3:], strict=True)),
+        )  # fmt: skip
+
+
+def _with_parameters(steps: Sequence[Step], parameters: Sequence[Tensor | None]) -> list[Step]:
+    """The steps with other tensors for their parameters, in the order of `run`."""
+    weights = iter(parameters)
+    result = [s._replace(weights=tuple(next(weights) for _ in s.weights)) for s in steps]  # type: ignore[misc]
+    result = [s._replace(biases=tuple(next(weights) for _ in s.biases)) for s in result]
+    result = [s if s.log_scale is None else s._replace(log_scale=next(weights)) for s in result]
+    return [s if s.shift is None else s._replace(shift=next(weights)) for s in result]
+
+
+def _differentiable(x, context, steps, parameters, needs, dy, dlogdet):  # type: ignore[no-untyped-def]
+    """Gradients through the reference, which can be differentiated again."""
+    outputs = _reference(x, context, _with_parameters(steps, parameters))
+    inputs = [x, context, *parameters]
+    wanted = [needs[0], needs[1], *needs[3:]]
+    pairs = [(o, g) for o, g in zip(outputs, (dy, dlogdet), strict=True) if g is not None and o.requires_grad]
+    grads = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], [t for t, need in zip(inputs, wanted, strict=True) if need],
+            [g for _, g in pairs], create_graph=True, allow_unused=True,
+        )
+    )  # fmt: skip
+    return [next(grads) if need else None for need in wanted]
+
+
+# -------------------------------------------------------------------------------------------------------- layers
+# Above so many weights the sums of their gradients, one set for every 256 rows, outgrow the caches.
+_LARGEST = 1 << 20
+# More steps than this a flow does not have; each keeps its part of every thread's sums.
+_MOST_STEPS = 64
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Tanh: "tanh",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[Tensor | None], str] | None:
+    """(weights, biases, activation) of a plain perceptron, of ours or an `nn.Sequential`; else None.
+
+    A layer with hooks, a parametrisation or a class of its own is more than its weight, and runs by itself.
+    """
+    find = getattr(conditioner, "perceptron", None)
+    net = find() if find is not None else conditioner if not context else None
+    if type(net) is not nn.Sequential or _hooked(conditioner) or _hooked(net):
+        return None
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    after: list[str] = []  # the activation after each
+    for module in net._modules.values():
+        kind = type(module)
+        if isinstance(module, nn.Linear) and (kind is product.Linear or kind is nn.Linear):
+            weights.append(module.weight)
+            biases.append(module.bias)
+            after.append(module.activation if isinstance(module, product.Linear) else "none")
+        elif kind in _ACTIVATIONS and after and after[-1] == "none":
+            if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
+                return None
+            after[-1] = _ACTIVATIONS[kind]
+        else:
+            return None
+        if _hooked(module):
+            return None
+    if not 1 <= len(weights) <= _MOST_LAYERS or after[-1] != "none" or len(set(after[:-1])) > 1:
+        return None
+    return weights, biases, after[0]
+
+
+def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> Step | None:
+    """A coupling layer as a step, when its conditioner is a plain perceptron and all fits; else None."""
+    if isinstance(layer, affine.AffineCoupling) and type(layer) is affine.AffineCoupling:
+        name, shift_first, layout = layer.scale, layer.order == "shift_scale", layer.layout
+        if layout == "pairs":
+            return None
+        scale, code = affine._SCALES.index(name), affine._LAYOUTS.index(layout)
+        clamp = affine._DEFAULT_CLAMP.get(name, 0.0) if layer.clamp is None else float(layer.clamp)
+    elif isinstance(layer, affine.AdditiveCoupling) and type(layer) is affine.AdditiveCoupling:
+        scale, clamp, shift_first, code = 0, 0.0, False, 1
+    else:
+        return None
+    if layer.event_dim != 1:
+        return None
+    found = _layers(layer.conditioner, context is not None)
+    if found is None:
+        return None
+    weights, biases, activation = found
+    if activation not in product._FUSED or sum(w.numel() for w in weights) > _LARGEST:
+        return None
+    channels, mask = x.shape[-1], None
+    if layer.mask == "tensor":
+        mask, conditioning, transformed = layer.transformed, channels, channels
+        same, part = (0, 1), (0, 1)
+        if mask.shape != (channels,):
+            return None
+    elif layer.mask == "interleaved":
+        odd, even = channels // 2, channels - channels // 2
+        same, part = ((1, 2), (0, 2)) if layer.swap else ((0, 2), (1, 2))
+        conditioning, transformed = (odd, even) if layer.swap else (even, odd)
+    else:
+        first, second = channels - channels // 2, channels // 2
+        same, part = ((first, 1), (0, 1)) if layer.swap else ((0, 1), (first, 1))
+        conditioning, transformed = (second, first) if layer.swap else (first, second)
+    last = weights[-1]
+    if (
+        weights[0].shape[1] != conditioning + (0 if context is None else context.shape[-1])
+        or last.shape[0] != (2 * transformed if scale else transformed)
+        or last.dtype is not x.dtype
+        or last.device != x.device
+        or (context is not None and (context.dtype is not x.dtype or context.dim() != x.dim()))
+    ):
+        return None  # layer by layer, which finds the words for what does not fit
+    return Step(
+        tuple(weights),
+        tuple(biases),
+        product._FUSED[activation],
+        same,
+        part,
+        scale,
+        clamp,
+        shift_first,
+        inverse,
+        code,
+        mask,
+    )
+
+
+def _one(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor] | None:
+    """A coupling layer in one operator, or None."""
+    if product._PLAIN or not runs(x, "relu") or x.dim() == 0:
+        return None
+    step = _step(layer, x, context, inverse)
+    return None if step is None else run(x, context, [step])
+
+
+def _many(
+    layers: Sequence[tuple[Bijection, bool]], x: Tensor, context: Tensor | None
+) -> tuple[int, Tensor, Tensor] | None:
+    """(how many, y, logdet) of the longest run of layers from the first on that go into one operator, or None."""
+    if product._PLAIN or not runs(x, "relu") or x.dim() == 0 or torch.compiler.is_compiling():
+        return None
+    steps: list[Step] = []
+    taken = couplings = 0
+    for layer, inverse in layers:
+        if _hooked(layer):
+            break
+        before = steps[-1] if steps and not steps[-1].weights else None
+        channelwise = layer.channelwise(x, inverse)
+        if channelwise is not None:
+            index, scaled, log_scale, shift = channelwise
+            if before is None or before.scaled or (index is not None and before.permutation is not None):
+                steps.append(Step(permutation=index, scaled=scaled, log_scale=log_scale, shift=shift))
+            elif index is not None:
+                steps[-1] = before._replace(permutation=index)
+            else:
+                steps[-1] = before._replace(scaled=scaled, log_scale=log_scale, shift=shift)
+        else:
+            step = _step(layer, x, context, inverse)
+            if step is None:
+                break
+            couplings += 1
+            if before is None:
+                steps.append(step)
+            else:
+                steps[-1] = step._replace(
+                    permutation=before.permutation, scaled=before.scaled, log_scale=before.log_scale, shift=before.shift
+                )
+        taken += 1
+    if not couplings or len(steps) > _MOST_STEPS:
+        return None
+    y, logdet = run(x, context, steps)
+    return taken, y, logdet
+
+
+coupling.whole_layer = _one
+recompute.several = _many
+
+
+# -------------------------------------------------------------------------------------------------------- fake
+def _fake(x, context, weights, biases, masks, indices, log_scales, shifts, options, clamps, keep):  # type: ignore[no-untyped-def]
+    rows = math.prod(x.shape[:-1])
+    saved = rows * (sum(w.shape[0] for w in weights) + x.shape[-1] * (len(clamps) - 1)) if keep else 0
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1]), x.new_empty(saved)
+
+
+def _fake_backward(  # type: ignore[no-untyped-def]
+    dy, dlogdet, x, context, weights, biases, masks, indices, log_scales, shifts, saved, options, clamps, need_input,
+    need_parameters,
+):  # fmt: skip
+    gradients = [t.new_empty(t.shape if need_parameters else 0) for t in (*weights, *biases, *log_scales, *shifts)]
+    dcontext = x.new_empty(context.shape if context is not None and need_input else 0)
+    return x.new_empty(x.shape), dcontext, gradients
+
+
+_native.register("mlp_coupling", _fake)
+_native.register("mlp_coupling_backward", _fake_backward)
