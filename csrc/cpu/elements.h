@@ -44,13 +44,17 @@ PYFLOWGEN_INLINE void each_group(int64_t count, int64_t inner, int64_t first, in
   const bool along_rows = count * inner == 1;
   g.regular = along_inner || along_channels || along_rows;
   g.row_step = along_rows, g.channel_step = along_channels, g.inner_step = along_inner;
-  const int64_t line = along_inner ? inner : along_channels ? count : last;
-  for (int64_t e = first; e < last; e += g.n) {
-    const int64_t end = g.regular && !along_rows ? e - e % line + line : last;
-    g.n = int((end < last ? end : last) - e < lanes ? (end < last ? end : last) - e : lanes);
-    g.row = e / (count * inner), g.channel = e / inner % count, g.inner = e % inner;
-    if (!g.regular) {
-      int64_t row = g.row, channel = g.channel, i = g.inner;
+  g.row = first / (count * inner), g.channel = first / inner % count, g.inner = first % inner;
+  for (int64_t e = first; e < last; e += g.n) {  // no division on the way: several would cost as much as a transpose
+    const int64_t left = along_inner ? inner - g.inner : along_channels ? count - g.channel : last - e;
+    const int64_t n = left < last - e ? left : last - e;
+    g.n = n < lanes ? int(n) : lanes;
+    int64_t row = g.row, channel = g.channel, i = g.inner;
+    if (g.regular) {
+      row += along_rows ? g.n : 0, channel += along_channels ? g.n : 0, i += along_inner ? g.n : 0;
+      if (i == inner && along_inner) i = 0, ++channel;
+      if (channel == count) channel = 0, ++row;
+    } else {
       for (int l = 0; l < g.n; ++l) {
         g.place[0][l] = row, g.place[1][l] = channel, g.place[2][l] = i;
         if (++i == inner) {
@@ -62,6 +66,7 @@ PYFLOWGEN_INLINE void each_group(int64_t count, int64_t inner, int64_t first, in
         for (int d = 0; d < 3; ++d) g.place[d][l] = g.place[d][0];
     }
     body(g, e);
+    g.row = row, g.channel = channel, g.inner = i;
   }
 }
 
@@ -209,7 +214,8 @@ PYFLOWGEN_INLINE void tile8_out(float* const* rows, int64_t column, const float*
 #endif
 
 // Tiles over all columns; the last overlaps the one before, so nothing beyond the columns is read or written.
-template <class Tile8, class Tile4> PYFLOWGEN_INLINE void each_tile(int64_t columns, Tile8 tile8, Tile4 tile4) {
+template <class Tile8, class Tile4>
+PYFLOWGEN_INLINE void each_tile(int64_t columns, [[maybe_unused]] Tile8 tile8, Tile4 tile4) {
 #if defined(__AVX2__)
   if (columns >= 8) {
     for (int64_t c = 0; c + 8 <= columns; c += 8) tile8(c);
@@ -272,15 +278,36 @@ template <int lanes, class T> PYFLOWGEN_INLINE void rows_of(T* p, const Strides&
   }
 }
 
-// Rows of a group lie at strides that the processor's own prefetch does not follow across columns: ask for the lines of
-// the group after the next.
-template <bool write, int lanes, class T>
+// What is larger than a share of the last cache goes past it: written in place, every line would be read first, and
+// would push out what the next op reads. `n` numbers, a multiple of a pack, to an address aligned to one.
+constexpr int64_t past_cache = int64_t(1) << 24;
+PYFLOWGEN_INLINE void stream(float* to, const float* from, int64_t n) {
+  for (int64_t i = 0; i < n; i += lanes<float>) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(to + i, (__m512)load(from + i));
+#elif defined(__AVX2__)
+    _mm256_stream_ps(to + i, (__m256)load(from + i));
+#elif defined(__SSE2__)
+    _mm_stream_ps(to + i, (__m128)load(from + i));
+#else
+    store(to + i, load(from + i));
+#endif
+  }
+}
+// After the last stream(), before another thread reads.
+PYFLOWGEN_INLINE void stream_done() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// Ask for the parameters of the group after the next: neighbours a few columns apart are no pattern that a processor
+// would follow by itself.
+template <int lanes, class T>
 PYFLOWGEN_INLINE void prefetch_rows(const T* p, const Strides& s, const Group<lanes>& g, int64_t columns) {
-  if (!g.regular) return;
-  const int64_t step = g.step(s);
-  if (step < columns || step > 2 * columns) return;
-  const char* const from = (const char*)(p + g.first(s) + 2 * lanes * step);
-  for (int64_t i = 0; i < lanes * step * int64_t(sizeof(T)); i += 64) __builtin_prefetch(from + i, write, 3);
+  if (!g.regular || g.step(s) != columns) return;
+  const char* const from = (const char*)(p + g.first(s) + 2 * lanes * columns);
+  for (int64_t i = 0; i < lanes * columns * int64_t(sizeof(T)); i += 64) __builtin_prefetch(from + i);
 }
 
 }  // namespace pyflowgen::PYFLOWGEN_ISA

@@ -34,6 +34,7 @@ template <class C> struct PackOptions {
   bool inverse;
   Pack<C> min_width, min_height, rest_width, rest_height;  // rest: what the softmax shares out
   Pack<C> min_derivative, edge, inverse_clip, scale;
+  Pack<C> to_exponent;  // from what the softmax takes to powers of two
 
   explicit PackOptions(const RationalQuadraticSplineOptions& o)
       : bins(int(o.bins)),
@@ -45,7 +46,8 @@ template <class C> struct PackOptions {
         min_derivative(broadcast(C(o.min_derivative))),
         edge(broadcast(C(o.edge))),
         inverse_clip(broadcast(C(o.clip > 0 ? 1 / o.clip : 0))),
-        scale(broadcast(C(o.scale))) {}
+        scale(broadcast(C(o.scale))),
+        to_exponent(broadcast(C((o.convention == SplineConvention::zuko ? 1 : o.scale) * 1.44269504088896340736))) {}
 };
 
 // Sums of exponentials, each at most 1, without error: a knot is then as exact as its distance from the middle of the
@@ -53,12 +55,10 @@ template <class C> struct PackOptions {
 template <class C> struct Sum;
 template <> struct Sum<float> {
   u32v sum;
-  PYFLOWGEN_INLINE void add(f32v e, int bins) {
-    sum += (u32v) __builtin_convertvector(e * broadcast(0x1p30f / float(bins)), i32v);
-  }
-  // Twice this less the total, with one rounding.
+  PYFLOWGEN_INLINE void add(f32v e, int bins) { sum += (u32v) __builtin_convertvector(e * unit(bins), i32v); }
+  // This less half the total, with one rounding.
   PYFLOWGEN_INLINE f32v from_middle(const Sum& total) const {
-    return __builtin_convertvector((i32v)(sum + sum - total.sum), f32v);
+    return __builtin_convertvector((i32v)(sum - (total.sum >> 1)), f32v);
   }
   PYFLOWGEN_INLINE f32v value() const { return __builtin_convertvector((i32v)sum, f32v); }
   // What value() lacks.
@@ -76,7 +76,7 @@ template <> struct Sum<double> {
     sum = next;
   }
   PYFLOWGEN_INLINE f64v from_middle(const Sum& total) const {
-    return (sum + sum - total.sum) + (lost + lost - total.lost);
+    return (sum - 0.5 * total.sum) + (lost - 0.5 * total.lost);
   }
   PYFLOWGEN_INLINE f64v value() const { return sum + lost; }
   PYFLOWGEN_INLINE f64v rest(f64v value) const { return (sum - value) + lost; }
@@ -84,19 +84,37 @@ template <> struct Sum<double> {
 };
 
 // Along one axis: exponentials of the parameters and their sums up to each. Knot k lies at
-// middle + (k - bins / 2) least + from_middle(sum of k exponentials) (half + half_rest), where half_rest is what half
-// lacks: the outermost knots must fit to the ends, from which the others' error would be seen in a narrow bin.
+// middle + (k - bins / 2) least + from_middle(sum of k exponentials) (factor + rest), where rest is what factor lacks:
+// the outermost knots must fit to the ends, or a narrow bin there would show the difference.
 template <class C> struct Axis {
   C e[max_bins * lanes<C>];
   Sum<C> sums[max_bins];
-  Pack<C> low, high, middle, least, half, half_rest;
+  Pack<C> low, high, middle, least, factor, rest;
 
   PYFLOWGEN_INLINE Pack<C> exponential(int k) const { return load(e + k * lanes<C>); }
-  PYFLOWGEN_INLINE Pack<C> knot(int k, Pack<C> from_middle, const Sum<C>& total) const {
-    const Pack<C> share = sums[k - 1].from_middle(total);
-    return fma(share, half, fma(share, half_rest, fma(from_middle, least, middle)));
+  // from_middle: k - bins / 2.
+  PYFLOWGEN_INLINE Pack<C> knot(const Sum<C>& sum, Pack<C> from_middle, const Sum<C>& total) const {
+    const Pack<C> share = sum.from_middle(total);
+    return fma(share, factor, fma(share, rest, fma(from_middle, least, middle)));
   }
 };
+
+// (a + a_rest) / total in two parts.
+template <class C>
+PYFLOWGEN_INLINE void divide(Pack<C> a, Pack<C> a_rest, const Sum<C>& total, Pack<C>& quotient, Pack<C>& rest) {
+#if !defined(__FMA__)
+  if constexpr (sizeof(C) == sizeof(float)) {  // without it a remainder takes doubles
+    for (int i = 0; i < lanes<C>; ++i) {
+      const double exact = (double(a[i]) + double(a_rest[i])) / double(total.sum[i]);
+      quotient[i] = C(exact), rest[i] = C(exact - double(quotient[i]));
+    }
+    return;
+  }
+#endif
+  const Pack<C> value = total.value(), inverse = broadcast(C(1)) / value;
+  quotient = a * inverse;
+  rest = (fma(-quotient, value, a) + fma(-quotient, total.rest(value), a_rest)) * inverse;
+}
 
 // Parameter k of an axis as the softmax takes it, but for the scale.
 template <SplineConvention S, bool height, class C>
@@ -113,14 +131,12 @@ template <SplineConvention S, bool height, bool keep, class C>
 PYFLOWGEN_INLINE void softmax(const PackOptions<C>& o, const PackParameters<C>& u, Pack<C> low, Pack<C> high,
                               Axis<C>& axis) {
   using V = Pack<C>;
-  constexpr bool scaled = S == SplineConvention::zuko;
   V largest = logit<S, height>(o, u, 0);
   for (int k = 1; k < o.bins; ++k) largest = formula::greater(logit<S, height>(o, u, k), largest);
-  const V scale = scaled ? broadcast(C(1)) : o.scale, offset = -largest * scale;
+  const V offset = -largest * o.to_exponent;
   Sum<C> sum{};
   for (int k = 0; k < o.bins; ++k) {
-    const V e =
-        formula::exp_in_range(formula::at_least(fma(logit<S, height>(o, u, k), scale, offset), formula::exp_lowest<V>));
+    const V e = formula::exp2_of_logit(fma(logit<S, height>(o, u, k), o.to_exponent, offset));
     if constexpr (keep) store(axis.e + k * lanes<C>, e);
     sum.add(e, o.bins);
     axis.sums[k] = sum;
@@ -131,10 +147,7 @@ PYFLOWGEN_INLINE void softmax(const PackOptions<C>& o, const PackParameters<C>& 
   // range - bins least, and what of it is lost
   const V bins = broadcast(C(o.bins)), shared = fma(-bins, axis.least, range),
           lost = fma(-bins, axis.least, range - shared);
-  const V total = sum.value(), share = broadcast(C(0.5)) / total;
-  axis.half = shared * share;
-  axis.half_rest =
-      fma(fma(C(-2) * axis.half, total, shared), share, fma(lost, share, axis.half * sum.rest(total) * C(-2) * share));
+  divide(shared, lost, sum, axis.factor, axis.rest);
 }
 
 // The bin of `value` on axis a, and the same on b.
@@ -144,27 +157,37 @@ template <class V> struct Found {
   V bin;             // its number
 };
 
+template <class Mask> PYFLOWGEN_INLINE Sum<float> choose(Mask mask, const Sum<float>& a, const Sum<float>& b) {
+  return {mask ? a.sum : b.sum};
+}
+template <class Mask> PYFLOWGEN_INLINE Sum<double> choose(Mask mask, const Sum<double>& a, const Sum<double>& b) {
+  return {mask ? a.sum : b.sum, mask ? a.lost : b.lost};
+}
+
 template <class C> PYFLOWGEN_INLINE Found<Pack<C>> search(Pack<C> value, const PackParameters<C>& u, int bins,
                                                           const Axis<C>& a, const Axis<C>& b) {
   using V = Pack<C>;
   const Sum<C>&total_a = a.sums[bins - 1], &total_b = b.sums[bins - 1];
-  V middle = broadcast(C(1) - C(0.5) * C(bins)), number{};
-  V end_a = a.knot(1, middle, total_a), end_b = b.knot(1, middle, total_b), d = load(u.inner);
-  Found<V> f{a.low, end_a, b.low, end_b, load(u.first), d, V{}};
-  const auto step = [&](V next_a, V next_b, V next_d) {
+  const V half = broadcast(C(0.5) * C(bins));
+  V number{}, end = a.knot(a.sums[0], broadcast(C(1)) - half, total_a), d = load(u.inner);
+  Found<V> f{a.low, end, {}, {}, load(u.first), d, V{}};
+  Sum<C> b0 = b.sums[0], b1 = b.sums[0];  // b's knots are made of these in the end
+  const auto step = [&](V next, const Sum<C>& begin_b, const Sum<C>& end_b, V next_d) {
     number += 1;
-    const auto beyond = value >= end_a;
-    f.a0 = beyond ? end_a : f.a0, f.a1 = beyond ? next_a : f.a1;
-    f.b0 = beyond ? end_b : f.b0, f.b1 = beyond ? next_b : f.b1;
+    const auto beyond = value >= end;
+    f.a0 = beyond ? end : f.a0, f.a1 = beyond ? next : f.a1;
+    b0 = choose(beyond, begin_b, b0), b1 = choose(beyond, end_b, b1);
     f.d0 = beyond ? d : f.d0, f.d1 = beyond ? next_d : f.d1;
     f.bin = beyond ? number : f.bin;
-    end_a = next_a, end_b = next_b, d = next_d;
+    end = next, d = next_d;
   };
-  for (int k = 2; k < bins; ++k) {
-    middle += 1;
-    step(a.knot(k, middle, total_a), b.knot(k, middle, total_b), load(u.inner + (k - 1) * u.stride));
-  }
-  step(a.high, b.high, load(u.last));
+  for (int k = 2; k < bins; ++k)
+    step(a.knot(a.sums[k - 1], broadcast(C(k)) - half, total_a), b.sums[k - 2], b.sums[k - 1],
+         load(u.inner + (k - 1) * u.stride));
+  step(a.high, b.sums[bins - 2], b.sums[bins - 1], load(u.last));
+  const V from_middle = f.bin - half;
+  f.b0 = f.bin == V{} ? b.low : b.knot(b0, from_middle, total_b);
+  f.b1 = f.bin == number ? b.high : b.knot(b1, from_middle + C(1), total_b);
   return f;
 }
 
@@ -203,11 +226,11 @@ __attribute__((noinline)) void forward_pack(const PackOptions<C>& o, const PackI
   out = {y, l};
 }
 
-// Where the gradients of the parameters go, as packs: derivatives of all K + 1 knots.
+// Where the gradients of the parameters go, as packs; `ends` are those of the outer knots.
 template <class C> struct PackGradients {
-  C *widths, *heights;
+  C *widths, *heights, *inner;
   int64_t stride;
-  C* derivatives;
+  Pack<C> ends[2];
 };
 
 // Gradients of an axis' parameters: `shift` is that of the bin's beginning, `size` that of its size. Bin j of the axis
@@ -220,14 +243,14 @@ template <class C> struct AxisGradient {
     const Pack<C> share = broadcast(C(1)) / (rest * (axis.high - axis.low));
     const Pack<C> p_before = (offset - number * axis.least) * share, p_at = (length - axis.least) * share;
     const Pack<C> mean = fma(shift, p_before, size * p_at);
-    const Pack<C> factor = o.scale * (axis.half + axis.half) * Sum<C>::unit(o.bins);
+    const Pack<C> factor = o.scale * axis.factor * Sum<C>::unit(o.bins);
     before = (shift - mean) * factor, at = (size - mean) * factor, beyond = -mean * factor;
   }
 };
 
 template <SplineConvention S, class C>
 __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> dy,
-                                             Pack<C> dlogdet, const PackGradients<C>& out, Pack<C>& dx) {
+                                             Pack<C> dlogdet, PackGradients<C>& out, Pack<C>& dx) {
   using V = Pack<C>;
   Axis<C> widths, heights;
   const auto inside = is_inside(o, in);
@@ -258,12 +281,14 @@ __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const Pack
     }
     store(out.widths + k * out.stride, dw), store(out.heights + k * out.stride, dh);
     const auto here = at.number == number;
-    store(out.derivatives + k * lanes<C>, here ? d0 : previous);
+    const V d = here ? d0 : previous;
+    if (k == 0) out.ends[0] = d;
+    else store(out.inner + (k - 1) * out.stride, d);
     previous = here ? d1 : zero;
     reached = next;
     number += 1;
   }
-  store(out.derivatives + o.bins * lanes<C>, previous);
+  out.ends[1] = previous;
 }
 
 // ---- from memory to packs ----------------------------------------------------------------------------------------
@@ -302,7 +327,7 @@ template <class T, class Arguments> struct Loader {
       if constexpr (std::is_same_v<T, C>) from = a.widths.p + g.first(a.widths.strides), stride = a.widths.parameter;
     } else {
       const T* rows[n];
-      if (one) prefetch_rows<false>(a.widths.p, a.widths.strides, g, 2 * bins + a.o.derivatives);
+      if (one) prefetch_rows(a.widths.p, a.widths.strides, g, 2 * bins + a.o.derivatives);
       rows_of(a.widths.p, a.widths.strides, g, rows);
       rows_to_packs<T>(rows, a.widths.parameter, one ? 2 * bins + a.o.derivatives : bins, buffer);
       if (!one) {
@@ -451,8 +476,11 @@ template <SplineConvention S, class T, class A> void backward_elements(const Rat
   const bool one_out = packed(a.dwidths, a.dheights, a.dderivatives, bins);
   const Strides x_strides = part(a.x_strides, o.step), dy_strides = part(a.dy_strides, o.step),
                 dx_strides = part(a.dx_strides, o.step), dlogdet_strides{a.dlogdet_stride, 0, 0};
-  C buffer[max_parameters * n], edges[n], knots[(max_bins + 1) * n];
+  C buffer[max_parameters * n], edges[n];
   T rest[max_parameters];  // gradients of the lanes beyond a group's end
+  const bool large =
+      one_out && a.dwidths.parameter == 1 && o.batch * o.count * o.inner * columns * int64_t(sizeof(T)) >= past_cache;
+  alignas(64) T together[max_parameters * n];  // gradients as they go past the cache
   each_group<n>(o.count, o.inner, first, last, [&](const Group<n>& g, int64_t) {
     const PackInputs<C> in = loader.inputs(g, x_strides, buffer, edges);
     const Pack<C> dy = load_group(a.dy + o.start * a.dy_strides.channel, dy_strides, g);
@@ -464,13 +492,13 @@ template <SplineConvention S, class T, class A> void backward_elements(const Rat
       inside &= selected;
     }
     const bool direct = std::is_same_v<T, C> && one_out && g.regular && g.n == n && g.step(a.dwidths.strides) == 1;
-    PackGradients<C> out{buffer, buffer + bins * n, n, knots};
+    C* to = buffer;
+    int64_t stride = n;
     if constexpr (std::is_same_v<T, C>) {
-      if (direct) {
-        out.widths = a.dwidths.p + g.first(a.dwidths.strides), out.stride = a.dwidths.parameter;
-        out.heights = out.widths + bins * out.stride;
-      }
+      if (direct) to = a.dwidths.p + g.first(a.dwidths.strides), stride = a.dwidths.parameter;
     }
+    C* const d = to + 2 * bins * stride;
+    PackGradients<C> out{to, to + bins * stride, o.tails == SplineTails::linear ? d : d + stride, stride, {}};
     Pack<C> dx;
     backward_pack<S>(options, in, used_dy, dlogdet, out, dx);
     const bool none = o.tails == SplineTails::none;
@@ -478,30 +506,35 @@ template <SplineConvention S, class T, class A> void backward_elements(const Rat
     if (a.mask && none) dx = load_mask<C>(a.mask, a.mask_strides, g) ? dx : dy;
     store_group(a.dx + o.start * a.dx_strides.channel, dx_strides, g, dx);
 
-    // From derivatives of all knots to those that are parameters.
-    C* const d = direct ? out.widths + 2 * bins * out.stride : buffer + 2 * bins * n;
-    const Pack<C> ends = load(knots) + load(knots + bins * n);
-    const int64_t skip = o.tails == SplineTails::linear;
-    for (int64_t i = 0; i < o.derivatives; ++i) store(d + i * out.stride, load(knots + (i + skip) * n));
-    if (o.tails == SplineTails::circular) {
-      store(d, ends);
+    const Pack<C> both = out.ends[0] + out.ends[1];
+    if (o.tails == SplineTails::none) {
+      store(d, out.ends[0]), store(d + bins * stride, out.ends[1]);
+    } else if (o.tails == SplineTails::circular) {
+      store(d, both);
     } else if (o.tails == SplineTails::mixed) {
-      store(d, load_mask<C>(a.circular, a.circular_strides, g) ? ends : Pack<C>{});
-      store(d + bins * out.stride, Pack<C>{});
+      store(d, load_mask<C>(a.circular, a.circular_strides, g) ? both : Pack<C>{}), store(d + bins * stride, Pack<C>{});
     }
     if (direct) return;
     T* rows[n];
-    if (one_out) prefetch_rows<true>(a.dwidths.p, a.dwidths.strides, g, columns);
     const auto write = [&](const SplineParameters<T>& to, const C* packs, int64_t number) {
       rows_of(to.p, to.strides, g, rows);
       for (int i = g.n; i < n; ++i) rows[i] = rest;
       packs_to_rows<T>(packs, rows, to.parameter, number, g.n);
     };
+    if constexpr (std::is_same_v<T, float>) {
+      T* const to = a.dwidths.p + g.first(a.dwidths.strides);
+      if (large && g.regular && g.n == n && g.step(a.dwidths.strides) == columns && uintptr_t(to) % vector_bytes == 0) {
+        for (int l = 0; l < n; ++l) rows[l] = together + l * columns;
+        packs_to_rows<T>(buffer, rows, 1, columns, n);
+        return stream(to, together, n * columns);
+      }
+    }
     if (one_out) return write(a.dwidths, buffer, columns);
     write(a.dwidths, buffer, bins);
     write(a.dheights, buffer + bins * n, bins);
     write(a.dderivatives, buffer + 2 * bins * n, o.derivatives);
   });
+  if (large) stream_done();
 }
 
 template <SplineConvention S, class T, class A>
