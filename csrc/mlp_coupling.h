@@ -13,6 +13,7 @@
 #include "affine_coupling.h"
 #include "cpu/isa.h"
 #include "linear.h"
+#include "rational_quadratic_spline.h"
 
 namespace pyflowgen {
 
@@ -37,7 +38,9 @@ template <class T> struct MlpCoupling {
   int64_t same_start, same_step, same_count;
   const uint8_t* mask;  // [channels] or null
   int64_t context_size;
-  // The transform, its options and how a row of parameters is read; o.batch is not used.
+  // The transform, its options and how a row of parameters is read; their batch is not used.
+  bool spline;
+  RationalQuadraticSplineOptions s;  // a channel's widths, heights and derivatives one after another
   AffineCouplingOptions o;
   int64_t parameter_stride, log_scale_offset;  // log_scale_offset 0: additive
   const T* x;

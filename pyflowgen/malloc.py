@@ -18,9 +18,9 @@ def tune_malloc(trim_threshold: int = 1 << 30, top_pad: int = 1 << 26) -> bool:
     for the whole process, until it ends; memory that a step has used stays reserved for the next, up to the largest
     step's peak, plus ``trim_threshold`` at most.
 
-    It is never called by the library itself: call it once, before training. What it gains depends on how large the
-    temporaries are; docs/design.md has measurements. It has no effect on results, on GPU memory, or where another
-    allocator (jemalloc, tcmalloc) replaces glibc's.
+    It is never called by the library itself: call it once, before training. What it gains, from nothing to twice the
+    speed, depends on the size and order of the temporaries; docs/design.md has measurements. It has no effect on
+    results, on GPU memory, or where another allocator (jemalloc, tcmalloc) replaces glibc's.
 
     Args:
         trim_threshold: bytes of free memory at the heap's end that are kept; more is given back.

@@ -251,13 +251,17 @@ class SequenceLayer(nn.RNNBase):
             return tuple(self._flat_weights[4 * index : 4 * index + 4])  # type: ignore[return-value]
         return (*self._flat_weights[2 * index : 2 * index + 2], None, None)  # type: ignore[return-value]
 
-    def _runs(self, x: Tensor) -> bool:
-        """Whether the kernel takes this call; torch's own path takes the others."""
-        return self.proj_size == 0 and use_kernel(self._op, x)
+    def _torch_is_faster(self, x: Tensor) -> bool:
+        """Whether to leave sequences of one length to torch's own kernel."""
+        return False
 
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
         data = input.data if isinstance(input, PackedSequence) else input
-        if not self._runs(data):
+        if (
+            self.proj_size
+            or not use_kernel(self._op, data)
+            or (data is input and not torch.compiler.is_compiling() and self._torch_is_faster(input))
+        ):
             return super().forward(input, hx)
         self._update_flat_weights()
         sizes = sorted_indices = unsorted_indices = None

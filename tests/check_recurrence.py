@@ -210,6 +210,11 @@ def recurrence_tests(op: str) -> dict[str, Callable[..., None]]:
         if op == "lstm":
             theirs, ours = pair(op, 3, 6, proj_size=2)
             torch.testing.assert_close(flat(ours(x.float())), flat(theirs(x.float())), rtol=0, atol=0)
+            theirs, ours = pair(op, 3, 6)
+            x = torch.randn(4, 32, 3)
+            with torch.no_grad(), torch.profiler.profile() as profile:
+                torch.testing.assert_close(flat(ours(x)), flat(theirs(x)), rtol=0, atol=0)
+            assert not any(e.key.startswith("pyflowgen::") for e in profile.key_averages()), "oneDNN is faster here"
         with torch.autocast("cpu", torch.bfloat16):
             theirs, ours = pair(op, 3, 6)
             torch.testing.assert_close(flat(ours(x.float())), flat(theirs(x.float())), rtol=0, atol=0)

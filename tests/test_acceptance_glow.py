@@ -1,10 +1,12 @@
 """Glow on digits and on photographs, with kernels and with the reference, must reach what a healthy model reaches.
 
 Digits (8x8, 17 levels): a factorised histogram scores 2.428 bits/dim on this split, a full-covariance Gaussian 2.971.
-DIGITS_CALIBRATION
+The level was set from the reference path's first run (recipe, one thread, 931 steps, stopped early): 2.332, and .03 on
+top of it. The kernels' run reached 2.323. The short form, 228 steps of a smaller model, reached 2.54.
 
 Photographs (16x16 RGB patches, 5 bits): trained on one, judged on the other, where the full-covariance Gaussian of the
-training patches has 2.18 bits/dim; a Glow has to be .2 below it. PHOTOS_CALIBRATION
+training patches has 2.18 bits/dim; a Glow has to be .2 below it. The reference path reached 1.559
+in 1010 steps, the kernels 1.570.
 
 What a mistake does: without the factor H W in a log-determinant, or without the prior of what leaves at a split, the
 log-determinant is not that of the Jacobian; a permutation or sign that is trained, or an initialisation in the graph, is
@@ -23,7 +25,7 @@ from pyflowgen.recipes import recipe
 from pyflowgen.train import choose_path, evaluate, fit
 
 DIGITS_LEVEL, DIGITS_LIMIT = 2.36, 1.6
-SHORT_DIGITS_LEVEL = 2.75  # .2 below the Gaussian, after a quarter of the training, of a smaller model
+SHORT_DIGITS_LEVEL = 2.65
 
 
 def trained(data, path, options=None, **changes):
@@ -100,7 +102,7 @@ def test_initialisation_normalises_and_leaves_no_gradient():
 def test_short_training_on_digits_beats_the_gaussian():
     data = digits().image()
     small = {"steps": 4, "channels": 32}
-    model, bits = trained(data, "fused", small, epochs=12, lr=4e-3, warmup=20, ema=0.9, patience=None)
+    model, bits = trained(data, "fused", small, epochs=12, lr=1.2e-2, warmup=20, ema=0.9, patience=None)
     print(f"Glow on digits, short: {bits:.4f}")
     check(model, data, "fused")
     assert DIGITS_LIMIT <= bits <= SHORT_DIGITS_LEVEL
@@ -118,7 +120,7 @@ def test_kernels_and_reference_train_alike():
 def test_short_training_on_photographs_beats_the_gaussian():
     data = photos()
     part = replace(data, train=data.train[::2], test=data.test[::4])
-    model, bits = trained(part, "fused", {"steps": 2, "channels": 32}, epochs=2, lr=4e-3, warmup=20, ema=0.9)
+    model, bits = trained(part, "fused", {"steps": 2, "channels": 32}, epochs=5, lr=1.2e-2, warmup=20, ema=0.9)
     print(f"Glow on photos, short: {bits:.4f}, Gaussian {gaussian(data):.4f}")
     check(model, part, "fused")
     assert 0.8 <= bits <= gaussian(data) - 0.2

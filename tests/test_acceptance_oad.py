@@ -129,7 +129,7 @@ def test_gru_on_the_watch(watch):
 
 @pytest.mark.slow
 def test_a20_trn_on_the_watch(watch):
-    """Reference path: 0.762 with offset 0. The decoder's last step is 0.8 s ahead."""
+    """Reference path: 0.751, and 0.762 with offset 0; the decoder's last step, 0.8 s ahead, 0.606. Chance is 0.135."""
     model, found = trained("trn", watch, options={"offset": 1})
     print(f"TRN on watch: {found}")
     assert found["map"] >= 0.70, found

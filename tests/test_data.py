@@ -44,11 +44,19 @@ def test_photos_are_scikit_learns_and_parts_share_no_pixel():
     temple, flower = (image >> 3 for image in load_sample_images().images)
     data = photos()
     assert data.levels == 32 and data.image_shape == (3, 16, 16) and load("photos").event_shape == (3, 16, 16)
-    assert np.array_equal(data.train[126].permute(1, 2, 0), temple[4:20, 4:20])  # 125 in a row
     assert np.array_equal(data.valid[9].permute(1, 2, 0), temple[16:32, 528:544])
     assert np.array_equal(data.test[-1].permute(1, 2, 0), flower[400:416, 624:640])
-    last = temple[: temple.shape[0] - (temple.shape[0] - 16) % 4, 496:512]
-    assert np.array_equal(data.train[-1].permute(1, 2, 0), last[-16:])
+    # Training patches are turned, recoloured and inverted: the same values, or 31 less each of them, in other places.
+    inverted = 0
+    for index in range(0, len(data.train), 97):
+        row, column = 4 * (index // 125), 4 * (index % 125)
+        values, patch = np.sort(data.train[index].flatten()), temple[row : row + 16, column : column + 16]
+        assert column + 16 <= 512
+        same, other = (np.array_equal(values, np.sort(v.flatten())) for v in (patch, 31 - patch))
+        assert same or other
+        inverted += not same
+    assert 0.3 < inverted / (len(data.train) / 97) < 0.7
+    assert torch.equal(data.train, photos().train)
 
 
 def test_dequantize_fills_each_level_and_quantize_undoes_it():

@@ -270,7 +270,8 @@ def test_an_hour_takes_no_more_memory_than_half_of_it():
     session = detect(model, Reader(io.BufferedReader(Endless()), 3), show, pytest.fail)
     assert session.frames == frames and session.bad == 0
     (objects, peak), (objects_after, peak_after) = sizes.values()
-    assert objects_after - objects < 100 and peak_after - peak < 1024, sizes  # KiB
+    # one object a frame would be 9,000 of them, a state a frame some 10 MiB
+    assert objects_after - objects < 1000 and peak_after - peak < 6 * 1024, sizes  # KiB
 
 
 @pytest.fixture(scope="module", params=["lstm", "gru", "trn", "idn"])

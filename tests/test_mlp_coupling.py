@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -107,7 +108,8 @@ def operator(s: Sample) -> tuple[Any, tuple[Any, ...]]:
     conditioning = weights[0].shape[1] - (0 if context is None else context.shape[1])
     step = module.Step(
         tuple(weights), tuple(biases), product._FUSED[o.get("activation", "relu")],
-        part=(0 if "mask" in o else conditioning, 1), scale=0 if scale is None else affine._SCALES.index(scale), clamp=2.0,
+        part=(0 if "mask" in o else conditioning, 1), scale=0 if scale is None else affine._SCALES.index(scale),
+        numbers=(2.0, *module._NO_NUMBERS[1:]),
         inverse=o.get("inverse", False), mask=o.get("mask"),
     )  # fmt: skip
     detached = [t.detach() for t in (*weights, *biases)]
@@ -207,6 +209,7 @@ def chain(context: int = 0) -> pyflowgen.Chain:
         pyflowgen.Permutation.random(7, seed=1),
         pyflowgen.AdditiveCoupling(net(7, 7, context, activation="tanh"), mask=mask),
         pyflowgen.AffineCoupling(net(4, 6, context), mask="interleaved", layout="interleaved", scale="softclip"),
+        pyflowgen.SplineCoupling(net(3, 4 * 11, context), bins=4, swap=True),
         pyflowgen.Scale(7),
         pyflowgen.ActNorm(7),
     ]
@@ -237,6 +240,41 @@ def test_a_run_of_layers_is_one_operator(context: int, inverse: bool) -> None:
     with torch.no_grad():
         assert operators(lambda: flow(*inputs)) == ["mlp_coupling"]
         torch.testing.assert_close((flow.inverse if inverse else flow)(*inputs)[0], want[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(bins=8),
+        dict(bins=5, convention="zuko", bound=5.0),
+        dict(bins=3, tails="circular", swap=True),
+        dict(bins=10, mask="interleaved", min_bin_width=1e-2, scale=0.3),
+        dict(bins=2, mask=torch.arange(6) % 2 == 0, convention="torchflows"),
+    ],
+    ids=["nflows", "zuko", "circular", "interleaved", "mask"],
+)
+def test_splines(options: dict[str, Any], dtype: torch.dtype) -> None:
+    whole = isinstance(options.get("mask"), Tensor)
+    per = pyflowgen.SplineCoupling.params_per_element(options["bins"], options.get("tails", "linear"))
+    torch.manual_seed(0)
+    layer = pyflowgen.SplineCoupling(net(6 if whole else 3, (6 if whole else 3) * per), **options).to(dtype)
+    x = (2 * normal(300, 6)).to(dtype).requires_grad_()
+
+    def evaluate(inverse: bool, layer: pyflowgen.SplineCoupling, x: Tensor) -> list[Tensor]:
+        y, logdet = layer.inverse(x) if inverse else layer(x)
+        loss = (y * torch.arange(6)).sum() + (logdet * torch.linspace(-1, 2, 300)).sum()
+        return [y, logdet, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+
+    exact, exact_x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    for inverse in (False, True):
+        assert operators(lambda i=inverse: evaluate(i, layer, x)) == ["mlp_coupling", "mlp_coupling_backward"]
+        with pyflowgen.reference_path():
+            truth, plain = evaluate(inverse, exact, exact_x), evaluate(inverse, layer, x)
+        for got, its, want in zip(evaluate(inverse, layer, x), plain, truth, strict=True):
+            error, its_error = ((v.double() - want).abs().max() / want.abs().max() for v in (got, its))
+            # Once for the products, twice for the spline. In float64 the reference is the truth, and has no error.
+            assert error <= (3 * its_error + 4 * torch.finfo(dtype).eps if dtype == torch.float32 else 1e-10)
 
 
 def test_a_run_of_layers_twice_differentiable() -> None:

@@ -1,8 +1,13 @@
-"""trn: the published equations written out, the authors' weights, clips in pieces, causality."""
+"""trn: the published equations written out, the authors' weights, clips in pieces, causality; kernel and reference."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import os
+import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +16,9 @@ from torch import Tensor, nn
 import pyflowgen
 from pyflowgen import TRN
 from pyflowgen.models import TRN as Detector
+from pyflowgen.ops.trn import TRNWeights, _matrices, _pack, _streams
 
+kernel = pytest.mark.skipif("library" not in pyflowgen.build_info(), reason="no compiled library")
 OPTIONS = list(itertools.product(("after", "before"), ("current", "previous")))
 
 
@@ -194,3 +201,254 @@ def test_wrong_arguments_are_named():
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---- kernel and reference
+
+SIZES = [(2, 6, 5, 7, 4, 3), (1, 9, 33, 40, 5, 4), (3, 1, 8, 16, 22, 1), (17, 3, 20, 64, 3, 2), (1, 2, 1, 1, 1, 1)]
+
+
+def arguments(batch, frames, features, hidden, classes, steps, dtype=torch.float64, grad=True):
+    torch.manual_seed(0)
+    layer = TRN(features, hidden, classes, steps=steps)
+    given = [torch.randn(s) for s in ((batch, frames, features), (batch, hidden), (batch, hidden), (batch, features))]
+    return [t.detach().to(dtype).requires_grad_(grad) for t in (*given, *layer.weights())]
+
+
+def call(function, args, **options):
+    return tuple(function(*args[:4], TRNWeights(*args[4:]), **options))
+
+
+def run(function, args, **options):
+    torch.manual_seed(1)
+    results = call(function, args, **options)
+    return results, torch.autograd.grad(sum(r.double().sin().sum() for r in results), args, allow_unused=True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize(("pool", "start"), OPTIONS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_values_and_gradients(size, pool, start, dropout):
+    """In float64 the reference's to its last digits; in float32 about as far from float64 as it is."""
+    options = dict(steps=size[5], pool=pool, start=start, dropout=dropout)
+    exact = run(pyflowgen.trn_reference, arguments(*size), **options)
+    double = run(pyflowgen.trn, arguments(*size), **options)
+    single = run(pyflowgen.trn, arguments(*size, dtype=torch.float32), **options)
+    plain = run(pyflowgen.trn_reference, arguments(*size, dtype=torch.float32), **options)
+    for group in range(2):
+        for e, d, s, p in zip(exact[group], double[group], single[group], plain[group], strict=True):
+            if e is None:  # no path leads there
+                assert p is None and all(t is None or not t.any() for t in (d, s))
+                continue
+            torch.testing.assert_close(d, e, rtol=1e-11, atol=1e-12)
+            assert s.dtype == torch.float32
+            if dropout == 0:  # masks of another dtype are others
+                scale = 1.2e-7 * e.abs().max() + 1e-12
+                # the reference's products fuse multiply and add whatever copy of the kernels runs
+                assert (s - e).abs().max() <= 3 * (p - e).abs().max() + 4 * scale
+
+
+@kernel
+def test_without_gradient_the_bits_are_the_same():
+    for pool, start in OPTIONS:
+        args = arguments(3, 5, 6, 20, 4, 3, dtype=torch.float32)
+        with_gradient = call(pyflowgen.trn, args, steps=3, pool=pool, start=start)
+        with torch.no_grad():
+            for a, b in zip(with_gradient, call(pyflowgen.trn, args, steps=3, pool=pool, start=start), strict=True):
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("pool", "start"), OPTIONS)
+def test_double_backward(pool, start):
+    args = arguments(2, 2, 3, 3, 3, 2)
+    assert torch.autograd.gradcheck(lambda *a: call(pyflowgen.trn, a, steps=2, pool=pool, start=start), args)
+    first = args[:4]
+    assert torch.autograd.gradgradcheck(
+        lambda *a: call(pyflowgen.trn, [*a, *args[4:]], steps=2, pool=pool, start=start), first
+    )
+
+
+@pytest.mark.parametrize("frames", [0, 1])
+def test_no_frames_and_one(frames):
+    args = arguments(2, frames, 5, 7, 4, 3)
+    got, got_grads = run(pyflowgen.trn, args, steps=3)
+    want, want_grads = run(pyflowgen.trn_reference, args, steps=3)
+    for a, b in zip((*got, *got_grads), (*want, *want_grads), strict=True):
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b)
+        else:
+            assert a is None or not a.any()
+    with torch.no_grad():
+        for a, b in zip(call(pyflowgen.trn, args, steps=3), want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_strides_and_expanded_states():
+    args = arguments(4, 5, 6, 8, 3, 2)
+    odd = [t.detach().clone() for t in args]
+    odd[0] = odd[0].transpose(0, 1).contiguous().transpose(0, 1)
+    odd[1] = odd[1][:1].expand(4, 8)
+    odd[4] = odd[4].T.contiguous().T
+    odd = [t.requires_grad_() for t in odd]
+    got, want = run(pyflowgen.trn, odd, steps=2), run(pyflowgen.trn_reference, odd, steps=2)
+    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@kernel
+def test_usual_path_is_the_kernel():
+    def seen(what):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            what()
+        return {e.key for e in profile.key_averages() if e.key.startswith("pyflowgen::trn")}
+
+    args = arguments(2, 3, 5, 7, 4, 3, dtype=torch.float32)
+    assert seen(lambda: run(pyflowgen.trn, args, steps=3)) == {"pyflowgen::trn_keep", "pyflowgen::trn_backward"}
+    layer = TRN(5, 7, 4, steps=3)
+    with torch.no_grad():
+        assert seen(lambda: layer(args[0])) == {"pyflowgen::trn"}
+    with pyflowgen.reference_path():
+        assert seen(lambda: run(pyflowgen.trn, args, steps=3)) == set()
+    half = [t.detach().to(torch.bfloat16) for t in args]
+    assert seen(lambda: call(pyflowgen.trn, half, steps=3)) == set(), "16 bits are the reference's"
+
+
+def fused_step(layer):
+    """An optimizer step that no version counter counts."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    with torch.enable_grad():
+        layer(torch.randn(2, 3, 5)).scores.square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@kernel
+def test_stream_packs_once_and_anew_when_weights_change():
+    torch.manual_seed(0)
+    layer, frames = TRN(5, 7, 4, steps=3), torch.randn(2, 3, 5)
+    with torch.no_grad():
+        first = layer(frames).scores
+        made = _streams[layer]
+        assert torch.equal(layer(frames).scores, first) and _streams[layer] is made
+        for change in (
+            lambda: layer.dec_cell.weight_hh.mul_(1.5),
+            lambda: layer.load_state_dict(TRN(5, 7, 4, steps=3).state_dict()),
+            lambda: fused_step(layer),
+            lambda: layer.hx_trans[0].weight.data.add_(0.5),
+            lambda: setattr(layer.classifier, "weight", nn.Parameter(torch.randn(4, 7))),
+            lambda: layer.double(),
+        ):
+            change()
+            x = frames.to(layer.classifier.weight.dtype)
+            with pyflowgen.reference_path():
+                want = layer(x).scores
+            torch.testing.assert_close(layer(x).scores, want)
+    twin = copy.deepcopy(layer)
+    assert twin not in _streams and len(pickle.dumps(layer)) < 3 * sum(8 * p.numel() for p in layer.parameters())
+
+
+@kernel
+def test_threads_give_the_same_bits():
+    args, threads, found = arguments(16, 3, 64, 96, 5, 3, dtype=torch.float32), torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            results, _ = run(pyflowgen.trn, args, steps=3)
+            found.append(results)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@kernel
+def test_opcheck():
+    args = arguments(2, 3, 5, 7, 4, 3, dtype=torch.float32, grad=False)
+    weights = TRNWeights(*args[4:])
+    given = torch.randn(3, 2, 28)
+    masks = [torch.rand(3, 2, 5), torch.rand(3, 3, 2, 7), torch.rand(3, 3, 2, 7)]
+    for before, previous in itertools.product((False, True), repeat=2):
+        how = (3, before, previous)
+        operands = (given, *args[1:4], *_pack(weights, 5), *how)
+        torch.library.opcheck(torch.ops.pyflowgen.trn.default, operands)
+        torch.library.opcheck(torch.ops.pyflowgen.trn_keep.default, (*operands, *masks))
+        hs, cs, ahead, *kept = torch.ops.pyflowgen.trn_keep.default(*operands, *masks)
+        futures, _, *rest = kept
+        turned = [torch.ops.pyflowgen.linear_pack.default(m.t().contiguous()) for m in _matrices(weights, 5)]
+        gradients = torch.randn_like(hs[1:]), *(torch.randn_like(t) for t in (cs[0], futures[0], ahead))
+        torch.library.opcheck(
+            torch.ops.pyflowgen.trn_backward.default,
+            (*gradients, cs, futures, *rest, *turned, before, previous, *masks),
+        )
+
+
+@kernel
+def test_operators_refuse_what_does_not_fit():
+    args = arguments(2, 3, 5, 7, 4, 3, dtype=torch.float32, grad=False)
+    packs = list(_pack(TRNWeights(*args[4:]), 5))
+    given = torch.randn(3, 2, 28)
+    for what, message in (
+        (lambda: torch.ops.pyflowgen.trn(given[..., 1:], *args[1:4], *packs, 3, False, False), "do not fit"),
+        (lambda: torch.ops.pyflowgen.trn(given, *args[1:4], packs[1], *packs[1:], 3, False, False), "enc must be"),
+        (lambda: torch.ops.pyflowgen.trn(given.double(), *args[1:4], *packs, 3, False, False), "dtype"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            what()
+
+
+def test_compile_and_export():
+    torch.compiler.reset()
+    layer = TRN(5, 8, 4, steps=2)
+    compiled = torch.compile(lambda x: layer(x), fullgraph=True, dynamic=True)
+    for batch in (3, 6):
+        x = torch.randn(batch, 4, 5)
+        got, want = compiled(x), layer(x)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+        got, want = (torch.autograd.grad(o.scores.sum() + o.ahead.sum(), list(layer.parameters())) for o in (got, want))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        program = torch.export.export(layer.eval(), (x,))
+        torch.testing.assert_close(program.module()(x).scores, layer(x).scores)
+
+
+def test_func_transforms_see_the_reference():
+    args = arguments(2, 3, 4, 5, 3, 2, grad=False)
+    call_x = lambda f: lambda x: call(f, [x, *args[1:]], steps=2)[0]  # noqa: E731
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        got, want = (transform(call_x(f))(args[0]) for f in (pyflowgen.trn, pyflowgen.trn_reference))
+        torch.testing.assert_close(got, want)
+
+
+def test_autocast_runs():
+    layer, x = TRN(5, 8, 4, steps=2), torch.randn(2, 4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        scores = layer(x).scores
+    assert (scores.float() - layer(x).scores).abs().max() < 0.05
+
+
+@kernel
+def test_hostile_values_stay_where_they_are():
+    """NaN, infinities and huge frames: the rows and frames that have none are as they would be alone."""
+    for value in (float("nan"), float("inf"), -float("inf"), 1e38, 1e-42):
+        args = arguments(3, 6, 5, 16, 4, 2, dtype=torch.float32, grad=False)
+        clean = call(pyflowgen.trn, args, steps=2)
+        args[0] = args[0].clone()
+        args[0][1, 3, 2] = value
+        dirty = call(pyflowgen.trn, args, steps=2)
+        for a, b in zip(clean[:2], dirty[:2], strict=True):
+            assert torch.equal(a[[0, 2]], b[[0, 2]]) and torch.equal(a[1, :3], b[1, :3])
+        want = call(pyflowgen.trn_reference, args, steps=2)
+        torch.testing.assert_close(dirty[0], want[0], equal_nan=True)
+
+
+@kernel
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_lesser_instruction_sets(capability):
+    if os.environ.get("ATEN_CPU_CAPABILITY"):
+        pytest.skip("this is one of them already")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "values or published or threads"],
+        env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -93,7 +93,7 @@ template <class T> void gemm_narrow_tile(int rows, int columns, int64_t depth, c
       Pack<T> v[side];
 #pragma GCC unroll 16
       for (int j = 0; j < side; ++j) v[j] = sum[i + j];
-      transpose<T>(v);
+      transpose(v);
 #pragma GCC unroll 4
       for (int half = side / 2; half; half /= 2)
 #pragma GCC unroll 8
@@ -128,7 +128,7 @@ template <class T> void gemm_pack(int columns, int64_t depth, const T* b, int64_
         Pack<T> v[side];
 #pragma GCC unroll 16
         for (int n = 0; n < side; ++n) v[n] = load<T>(from + n * b_column + k);
-        transpose<T>(v);
+        transpose(v);
 #pragma GCC unroll 16
         for (int n = 0; n < side; ++n) store<T>(panel + (k + n) * width, v[n]);
       }

@@ -85,7 +85,7 @@ void read_channels(const C* from, int64_t stride, Rows<C> rows, int64_t pixel, i
                 wide = int(channels - i < lanes<C> ? channels - i : lanes<C>);
       Pack<C> square[lanes<C>] = {};
       for (int j = 0; j < tall; ++j) square[j] = load_first<C>(from + (k + j) * stride + i, wide);
-      transpose<C>(square);
+      transpose(square);
       for (int j = 0; j < wide; ++j) store_first<C>(rows[i + j] + pixel + k, square[j], tall);
     }
 }
@@ -97,7 +97,7 @@ void write_channels(Rows<C> rows, int64_t pixel, C* to, int64_t stride, int64_t 
                 wide = int(channels - i < lanes<C> ? channels - i : lanes<C>);
       Pack<C> square[lanes<C>] = {};
       for (int j = 0; j < wide; ++j) square[j] = load_first<C>(rows[i + j] + pixel + k, tall);
-      transpose<C>(square);
+      transpose(square);
       for (int j = 0; j < tall; ++j) store_first<C>(to + (k + j) * stride + i, square[j], wide);
     }
 }
@@ -198,7 +198,7 @@ template <class C, int count> PYFLOWGEN_INLINE void sum_each(const Pack<C> (&v)[
     Pack<C> square[side];
 #pragma GCC unroll 16
     for (int i = 0; i < side; ++i) square[i] = v[g + i];
-    transpose<C>(square);
+    transpose(square);
 #pragma GCC unroll 4
     for (int half = side / 2; half; half /= 2)
 #pragma GCC unroll 8

@@ -1,6 +1,8 @@
 // linear on the CPU: tensors to pointers, threads, registration.
 #include "linear.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <algorithm>
 #include <array>
 #include <tuple>

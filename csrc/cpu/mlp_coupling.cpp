@@ -31,7 +31,7 @@ template <class T> T* workspace(int64_t elements, int slot) {
 }
 
 // Multiply-adds worth a thread of their own.
-constexpr int64_t work_per_thread = 1 << 18;
+constexpr int64_t work_of_a_thread = 1 << 18;
 
 // The tensors of both directions.
 struct Arguments {
@@ -39,7 +39,7 @@ struct Arguments {
   std::optional<Tensor> context;
   std::vector<Tensor> weights, biases, masks, indices, log_scales, shifts;
   std::vector<int64_t> options;
-  std::vector<double> clamps;
+  std::vector<double> numbers;
 };
 
 // One step's part of them.
@@ -50,12 +50,17 @@ struct Step {
   bool permuted;
   int64_t scaled;
   bool shifted;
-  double clamp;
+  int64_t bins, convention, tails;
+  const double* numbers;
   size_t weight, index, log_scale, shift;  // its first place in each list
   int64_t parameters, conditioning;
+
+  int64_t derivatives() const { return SplineTails(tails) == SplineTails::linear ? bins - 1 : bins; }
+  // Parameters of one channel.
+  int64_t per_channel() const { return bins ? 2 * bins + derivatives() : scale ? 2 : 1; }
 };
 
-constexpr size_t options_of_step = 13;
+constexpr size_t options_of_step = 16, numbers_of_step = 11;
 
 // The arguments, checked, and what keeps their memory alive.
 struct Call {
@@ -82,14 +87,36 @@ struct Call {
       context_size = a.context->size(a.x.dim() - 1);
       context = rows_of(*a.context, context_size);
     }
-    STD_TORCH_CHECK(a.biases.size() == a.weights.size() && a.options.size() == options_of_step * a.clamps.size() &&
-                        a.masks.size() == a.clamps.size() && !a.clamps.empty(),
+    const size_t count = a.masks.size();
+    STD_TORCH_CHECK(count > 0 && a.biases.size() == a.weights.size() && a.options.size() == options_of_step * count &&
+                        a.numbers.size() == numbers_of_step * count,
                     op, ": the lists do not belong together");
     size_t weight = 0, index = 0, log_scale = 0, shift = 0;
-    for (size_t i = 0; i < a.clamps.size(); ++i) {
+    for (size_t i = 0; i < count; ++i) {
       const int64_t* o = a.options.data() + options_of_step * i;
-      Step s{o[0],        o[1],  o[2],        o[3],        o[4],   o[5],  o[6],      bool(o[7]), bool(o[8]), o[9],
-             bool(o[10]), o[11], bool(o[12]), a.clamps[i], weight, index, log_scale, shift,      0,          0};
+      Step s{o[0],
+             o[1],
+             o[2],
+             o[3],
+             o[4],
+             o[5],
+             o[6],
+             bool(o[7]),
+             bool(o[8]),
+             o[9],
+             bool(o[10]),
+             o[11],
+             bool(o[12]),
+             o[13],
+             o[14],
+             o[15],
+             a.numbers.data() + numbers_of_step * i,
+             weight,
+             index,
+             log_scale,
+             shift,
+             0,
+             0};
       STD_TORCH_CHECK(0 <= s.layers && s.layers <= mlp_max_layers && weight + size_t(s.layers) <= a.weights.size(), op,
                       ": takes up to ", mlp_max_layers, " layers a step, and the weights of all");
       weight += size_t(s.layers), index += s.permuted, log_scale += s.scaled != 0, shift += s.shifted;
@@ -142,10 +169,14 @@ struct Call {
     STD_TORCH_CHECK(0 <= s.activation && s.activation < activations, op, ": there is no activation ", s.activation);
     STD_TORCH_CHECK(0 <= s.scale && s.scale <= int64_t(AffineScale::softplus), op, ": there is no scale ", s.scale);
     STD_TORCH_CHECK(s.layout == 1 || s.layout == 2, op, ": layout must be halves or interleaved");
-    const int64_t count = s.scale ? in / 2 : in;
     STD_TORCH_CHECK(
-        in % (s.scale ? 2 : 1) == 0 && s.start >= 0 && s.step >= 1 && s.start + (count - 1) * s.step < channels, op,
-        ": ", in, " parameters from channel ", s.start, " by ", s.step, " do not fit ", channels, " channels");
+        s.bins == 0 || (2 <= s.bins && s.bins <= 64 && s.convention >= 0 &&
+                        s.convention <= int64_t(SplineConvention::torchflows) &&
+                        (SplineTails(s.tails) == SplineTails::linear || SplineTails(s.tails) == SplineTails::circular)),
+        op, ": splines have 2 to 64 bins, a known convention, and linear or circular tails");
+    const int64_t per = s.per_channel(), count = in / per;
+    STD_TORCH_CHECK(in % per == 0 && s.start >= 0 && s.step >= 1 && s.start + (count - 1) * s.step < channels, op, ": ",
+                    in, " parameters from channel ", s.start, " by ", s.step, " do not fit ", channels, " channels");
     STD_TORCH_CHECK(s.conditioning >= 1 && s.same_start >= 0 && s.same_step >= 1 &&
                         s.same_start + (s.conditioning - 1) * s.same_step < channels,
                     op, ": ", s.conditioning, " conditioning channels from ", s.same_start, " by ", s.same_step,
@@ -158,7 +189,7 @@ struct Call {
   }
 
   int64_t threads() const {
-    return std::clamp<int64_t>(x.count * work / work_per_thread, 1, torch::stable::get_num_threads());
+    return std::clamp<int64_t>(x.count * work / work_of_a_thread, 1, torch::stable::get_num_threads());
   }
 
   // e^s or e^-s, and the shift as it is added: behind the scale, or with the other sign before its inverse.
@@ -210,11 +241,38 @@ struct Call {
         o.same_start = s.same_start, o.same_step = s.same_step, o.same_count = s.conditioning;
         o.mask = a.masks[i].numel() ? static_cast<const uint8_t*>(a.masks[i].data_ptr()) : nullptr;
         o.context_size = context_size;
-        const int64_t count = s.scale ? s.parameters / 2 : s.parameters;
-        o.o = {0, channels, 1, s.start, s.step, count, AffineScale(s.scale), s.clamp, s.shift_first, s.inverse, false};
+        const int64_t per = s.per_channel(), count = s.parameters / per;
+        const double* n = s.numbers;
+        o.o = {0, channels, 1, s.start, s.step, count, AffineScale(s.scale), n[0], s.shift_first, s.inverse, false};
         const bool interleaved = s.scale && Layout(s.layout) == Layout::interleaved;
         o.parameter_stride = interleaved ? 2 : 1;
         o.log_scale_offset = !s.scale ? 0 : interleaved ? 1 : count;
+        o.spline = s.bins > 0;
+        if (o.spline) {
+          o.s = {0,
+                 channels,
+                 1,
+                 s.start,
+                 s.step,
+                 count,
+                 s.bins,
+                 s.derivatives(),
+                 SplineConvention(s.convention),
+                 SplineTails(s.tails),
+                 n[1],
+                 n[2],
+                 n[3],
+                 n[4],
+                 n[5],
+                 n[6],
+                 n[7],
+                 n[8],
+                 n[9],
+                 n[10],
+                 s.inverse,
+                 false};
+          o.parameter_stride = per;
+        }
         o.context = context ? data<T>(context->x) : nullptr, o.context_stride = context ? context->stride : 0;
       }
       o.x = i ? states : data<T>(x.x), o.x_stride = i ? channels : x.stride;
@@ -230,9 +288,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> conte
                                            std::vector<Tensor> biases, std::vector<Tensor> masks,
                                            std::vector<Tensor> indices, std::vector<Tensor> log_scales,
                                            std::vector<Tensor> shifts, std::vector<int64_t> options,
-                                           std::vector<double> clamps, bool keep) {
+                                           std::vector<double> numbers, bool keep) {
   const Call call({x, std::move(context), std::move(weights), std::move(biases), std::move(masks), std::move(indices),
-                   std::move(log_scales), std::move(shifts), std::move(options), std::move(clamps)});
+                   std::move(log_scales), std::move(shifts), std::move(options), std::move(numbers)});
   const Tensor y = empty(x.sizes().data(), x.dim(), x), logdet = empty(x.sizes().data(), x.dim() - 1, x);
   const Tensor saved = empty({keep ? call.saved : 0}, x);
   const auto run = [&]<class T>() {
@@ -263,9 +321,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
     std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor x, std::optional<Tensor> context,
     std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> masks, std::vector<Tensor> indices,
     std::vector<Tensor> log_scales, std::vector<Tensor> shifts, Tensor saved, std::vector<int64_t> options,
-    std::vector<double> clamps, bool need_input, bool need_parameters) {
+    std::vector<double> numbers, bool need_input, bool need_parameters) {
   const Call call({x, context, std::move(weights), std::move(biases), std::move(masks), std::move(indices),
-                   std::move(log_scales), std::move(shifts), std::move(options), std::move(clamps)});
+                   std::move(log_scales), std::move(shifts), std::move(options), std::move(numbers)});
   STD_TORCH_CHECK(saved.numel() == call.saved && saved.scalar_type() == x.scalar_type() && saved.is_contiguous(),
                   "mlp_coupling_backward: saved is not what the forward pass kept for these arguments");
   STD_TORCH_CHECK(!dy || (dy->numel() == x.numel() && dy->dim() == x.dim() && dy->scalar_type() == x.scalar_type()),

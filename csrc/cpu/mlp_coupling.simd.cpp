@@ -142,55 +142,80 @@ template <class T> Strides parameter_strides(const MlpCoupling<T>& o) {
   return {o.size[o.layers], o.parameter_stride, 0};
 }
 
-template <class T> AffineCouplingOptions block_options(const MlpCoupling<T>& o, int64_t rows) {
-  AffineCouplingOptions options = o.o;
+template <class Options> Options of_rows(Options options, int64_t rows) {
   options.batch = rows;
   return options;
 }
 
+// A channel's widths, heights or derivatives, behind as many of its parameters.
+template <class T, class P> SplineParameters<P> behind(const MlpCoupling<T>& o, P* parameters, int64_t before) {
+  return {parameters + before, parameter_strides(o), 1};
+}
+
 template <class T> void transform(const MlpCoupling<T>& o, const Block<T>& block, const T* parameters, T* logdet) {
-  const Strides by_parameter = parameter_strides(o);
-  affine_coupling<T, T>({block_options(o, block.rows),
-                         block.x,
-                         {block.stride, 1, 0},
-                         parameters,
-                         by_parameter,
-                         o.log_scale_offset ? parameters + o.log_scale_offset : nullptr,
-                         by_parameter,
-                         o.mask,
-                         {0, 1, 0},
-                         o.y + block.first * o.channels,
-                         {o.channels, 1, 0},
-                         logdet},
-                        0, block.rows, nullptr);
+  const Strides x{block.stride, 1, 0}, y{o.channels, 1, 0}, mask{0, 1, 0}, by_parameter = parameter_strides(o);
+  T* const to = o.y + block.first * o.channels;
+  if (o.spline)
+    rational_quadratic_spline<T, T>({of_rows(o.s, block.rows),
+                                     block.x,
+                                     x,
+                                     behind(o, parameters, 0),
+                                     behind(o, parameters, o.s.bins),
+                                     behind(o, parameters, 2 * o.s.bins),
+                                     nullptr,
+                                     {},
+                                     nullptr,
+                                     {},
+                                     o.mask,
+                                     mask,
+                                     to,
+                                     y,
+                                     logdet},
+                                    0, block.rows, nullptr);
+  else
+    affine_coupling<T, T>(
+        {of_rows(o.o, block.rows), block.x, x, parameters, by_parameter,
+         o.log_scale_offset ? parameters + o.log_scale_offset : nullptr, by_parameter, o.mask, mask, to, y, logdet},
+        0, block.rows, nullptr);
 }
 
 // dx[rows][channels] and dparameters[rows][size[layers]]
 template <class T> void transform_backward(const MlpCouplingBackward<T>& b, const Block<T>& block, const T* parameters,
                                            T* dx, T* dparameters) {
   const MlpCoupling<T>& o = b.forward;
-  const Strides by_parameter = parameter_strides(o);
-  const int64_t offset = o.log_scale_offset;
-  affine_coupling_backward<T, T>({block_options(o, block.rows),
-                                  b.dy + block.first * b.dy_strides.batch,
-                                  b.dy_strides,
-                                  b.dlogdet + block.first * b.dlogdet_stride,
-                                  b.dlogdet_stride,
-                                  block.x,
-                                  {block.stride, 1, 0},
-                                  parameters,
-                                  by_parameter,
-                                  offset ? parameters + offset : nullptr,
-                                  by_parameter,
-                                  o.mask,
-                                  {0, 1, 0},
-                                  dx,
-                                  {o.channels, 1, 0},
-                                  dparameters,
-                                  by_parameter,
-                                  offset ? dparameters + offset : nullptr,
-                                  by_parameter},
-                                 0, block.rows, false);
+  const Strides x{block.stride, 1, 0}, out{o.channels, 1, 0}, mask{0, 1, 0}, by_parameter = parameter_strides(o);
+  const T* const dy = b.dy + block.first * b.dy_strides.batch;
+  const T* const dlogdet = b.dlogdet + block.first * b.dlogdet_stride;
+  const int64_t bins = o.s.bins, offset = o.log_scale_offset;
+  if (o.spline)
+    rational_quadratic_spline_backward<T, T>({of_rows(o.s, block.rows),
+                                              dy,
+                                              b.dy_strides,
+                                              dlogdet,
+                                              b.dlogdet_stride,
+                                              block.x,
+                                              x,
+                                              behind(o, parameters, 0),
+                                              behind(o, parameters, bins),
+                                              behind(o, parameters, 2 * bins),
+                                              nullptr,
+                                              {},
+                                              nullptr,
+                                              {},
+                                              o.mask,
+                                              mask,
+                                              dx,
+                                              out,
+                                              behind(o, dparameters, 0),
+                                              behind(o, dparameters, bins),
+                                              behind(o, dparameters, 2 * bins)},
+                                             0, block.rows, false);
+  else
+    affine_coupling_backward<T, T>(
+        {of_rows(o.o, block.rows), dy, b.dy_strides, dlogdet, b.dlogdet_stride, block.x, x, parameters, by_parameter,
+         offset ? parameters + offset : nullptr, by_parameter, o.mask, mask, dx, out, dparameters, by_parameter,
+         offset ? dparameters + offset : nullptr, by_parameter},
+        0, block.rows, false);
 }
 
 // Whether phi' is taken at phi's argument.

@@ -323,7 +323,7 @@ template <class T> void pack_part(int gates, int64_t hidden, int64_t depth, int 
         Pack<T> v[side];
 #pragma GCC unroll 16
         for (int n = 0; n < side; ++n) v[n] = load<T>(weight + n * depth + k);
-        transpose<T>(v);
+        transpose(v);
 #pragma GCC unroll 16
         for (int n = 0; n < side; ++n) store<T>(panel + (k + n) * gates * side, v[n]);
       }
@@ -425,13 +425,16 @@ template <class Cell, class T> void recurrent_forward(const RecurrentForward<T>&
                                                       int64_t end, int64_t first, int64_t last) {
   const int64_t t_before = o.shape.before(t), known = o.shape.rows(t_before), hidden = o.shape.hidden;
   last = std::min(last, o.shape.rows(t));
-  for (int64_t row = first; row < last;) {
-    const bool begun = row < known;  // else the row's first step: it starts from h0
-    const T* before = (begun ? o.y + o.shape.offsets[t_before] * hidden : o.h0) + row * hidden;
-    const int rows = int(std::min<int64_t>(step_rows, (begun ? std::min(last, known) : last) - row));
-    with_rows(rows, [&](auto n) { forward_rows<Cell, T, decltype(n)::value>(o, t, begin, end, row, before); });
-    row += rows;
-  }
+  // Several tiles: blocks outside, so that a block's weights stay in cache from tile to tile.
+  const int64_t at_once = last - first > step_rows ? 1 : end - begin;
+  for (int64_t b = begin; b < end; b += at_once)
+    for (int64_t row = first; row < last;) {
+      const bool begun = row < known;  // else the row's first step: it starts from h0
+      const T* before = (begun ? o.y + o.shape.offsets[t_before] * hidden : o.h0) + row * hidden;
+      const int rows = int(std::min<int64_t>(step_rows, (begun ? std::min(last, known) : last) - row));
+      with_rows(rows, [&](auto n) { forward_rows<Cell, T, decltype(n)::value>(o, t, b, b + at_once, row, before); });
+      row += rows;
+    }
 }
 
 // ---- backward ----------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@
 #include <utility>
 
 #include "cpu/memory.h"
+#include "cpu/transpose.h"
 #include "formula/slogdet.h"
 
 namespace pyflowgen::PYFLOWGEN_ISA {
@@ -23,12 +24,11 @@ using V = Pack<double>;
 inline constexpr int L = lanes<double>;
 // Up to here a matrix has a lane of its own (forward, backward: as far as that measured faster); up to 8 all loops are
 // unrolled and a column stays in registers.
-inline constexpr int forward_in_lanes = 24, backward_in_lanes = 16, largest = int(slogdet_largest);
+inline constexpr int forward_in_lanes = 24, backward_in_lanes = 16, rows_at_once = 4, largest = int(slogdet_largest);
 
 // ---------------------------------------------------------------------------------------- doubles from and to storage
 
 typedef float f32half __attribute__((vector_size(vector_bytes / 2)));
-typedef int32_t i32half __attribute__((vector_size(vector_bytes / 2)));
 
 // L elements on their way between memory and doubles: doubles, or floats for all else.
 template <class T> using Narrow = std::conditional_t<std::is_same_v<T, double>, V, f32half>;
@@ -70,25 +70,6 @@ PYFLOWGEN_INLINE V widen(f32half v) { return __builtin_convertvector(v, V); }
 PYFLOWGEN_INLINE V widen(V v) { return v; }
 template <class N> PYFLOWGEN_INLINE N narrow(V v) { return __builtin_convertvector(v, N); }
 
-// r[i][j] and r[j][i] exchanged, L x L: halves, quarters, ... of the lanes change places.
-template <int s = 1, class N> PYFLOWGEN_INLINE void transpose(N (&r)[L]) {
-  if constexpr (s < L) {
-    std::conditional_t<sizeof(N) == sizeof(V), i64v, i32half> low, high;
-    for (int i = 0; i < L; ++i) {
-      low[i] = i & s ? L + i - s : i;
-      high[i] = i & s ? L + i : i + s;
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < L; ++i) {
-      if (i & s) continue;
-      const N a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + s] = __builtin_shuffle(a, b, high);
-    }
-    transpose<2 * s>(r);
-  }
-}
-
 // ------------------------------------------------------------------------------------------- a matrix in every lane
 
 #if defined(__AVX512F__)
@@ -99,12 +80,24 @@ PYFLOWGEN_INLINE V select(Mask m, V a, V b) { return (V)_mm512_mask_blend_pd(m, 
 PYFLOWGEN_INLINE i64v select(Mask m, i64v a, i64v b) {
   return (i64v)_mm512_mask_blend_epi64(m, (__m512i)b, (__m512i)a);
 }
+PYFLOWGEN_INLINE uint64_t bits_of(Mask m) { return m; }
 #else
 using Mask = i64v;
 PYFLOWGEN_INLINE Mask above(V a, V b) { return a > b; }
 PYFLOWGEN_INLINE Mask equal(V a, V b) { return a == b; }
 PYFLOWGEN_INLINE V select(Mask m, V a, V b) { return m ? a : b; }
 PYFLOWGEN_INLINE i64v select(Mask m, i64v a, i64v b) { return m ? a : b; }
+PYFLOWGEN_INLINE uint64_t bits_of(Mask m) {  // a bit for each lane
+#if defined(__AVX2__)
+  return uint64_t(_mm256_movemask_pd((__m256d)m));
+#elif defined(__SSE2__)
+  return uint64_t(_mm_movemask_pd((__m128d)m));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < L; ++i) bits |= uint64_t(m[i] & 1) << i;
+  return bits;
+#endif
+}
 #endif
 
 // The largest of |v[0]|, ..., |v[count - 1]|, by halves; a NaN may be lost.
@@ -271,42 +264,42 @@ typedef double aliasing_double __attribute__((may_alias));
 struct Matrix {
   int n, packs;
   V data[largest * ((largest + L - 1) / L)];
-  int order[largest];  // column j was column order[j]
+  int order[largest];           // column j was column order[j]
+  int exchanged[rows_at_once];  // the columns that changed places with the last pivots'
+  formula::PivotProduct<double> product;
 
+  explicit Matrix(int64_t n) : n(int(n)), packs((int(n) + L - 1) / L) {}
   V* row(int i) { return data + i * packs; }
   aliasing_double* at(int i) { return reinterpret_cast<aliasing_double*>(row(i)); }
 };
 
-// Lanes' numbers, as doubles: columns are compared as such.
+// Lanes' numbers, as doubles.
 PYFLOWGEN_INLINE V lane_numbers() {
   V v;
   for (int i = 0; i < L; ++i) v[i] = i;
   return v;
 }
-// Every lane gets the one value that `pick` leaves of all of them.
-template <int s = L / 2, class F> PYFLOWGEN_INLINE V across(V v, const F& pick) {
+// The largest lane, in all of them.
+template <int s = L / 2> PYFLOWGEN_INLINE V largest_lane(V v) {
   if constexpr (s == 0) return v;
   else {
     i64v index;
     for (int i = 0; i < L; ++i) index[i] = i ^ s;
-    return across<s / 2>(pick(v, __builtin_shuffle(v, index)), pick);
+    return largest_lane<s / 2>(formula::greater(v, (V)__builtin_shuffle(v, index)));
   }
 }
 
-// Column of the largest entry of `row` from column k on, the first of equals; k itself where there are but NaN, which
-// would leave the choice to columns done with or the zeros after the last.
+// Column of the largest entry of `row` from column k on, the first of equals; k itself where there are but NaN.
 PYFLOWGEN_INLINE int largest_entry(const V* row, int k, int n, int packs) {
   const int first = k / L;
-  const V numbers = lane_numbers(), none = broadcast(double(largest));
-  const V head = numbers < double(k - first * L) ? V{} - 1 : formula::abs(row[first]);
-  V best = head;
+  const V none = V{} - 1;  // `greater` gives its second argument where the first is NaN
+  V best = formula::greater(lane_numbers() < double(k - first * L) ? none : formula::abs(row[first]), none);
   for (int c = first + 1; c < packs; ++c) best = formula::greater(formula::abs(row[c]), best);
-  best = across(best, [](V a, V b) { return formula::greater(a, b); });
-  V where = select(equal(head, best), numbers + double(first * L), none);
-  for (int c = first + 1; c < packs; ++c)
-    where = formula::lesser(where, select(equal(formula::abs(row[c]), best), numbers + double(c * L), none));
-  const int column = int(across(where, [](V a, V b) { return formula::lesser(a, b); })[0]);
-  return column >= k && column < n ? column : k;
+  best = largest_lane(best);
+  uint64_t found = 0;
+  for (int c = first; c < packs; ++c) found |= bits_of(equal(formula::abs(row[c]), best)) << (c * L);
+  found &= ~uint64_t(0) >> (64 - n) & ~uint64_t(0) << k;
+  return found ? __builtin_ctzll(found) : k;
 }
 
 // One element of a row by way of its whole pack: a pack loaded right after a part of it was stored would wait.
@@ -332,33 +325,33 @@ PYFLOWGEN_INLINE void update_rows(V* const* rows, const double (*factors)[B], co
   }
 }
 
-// Pivots k, ..., k + B - 1: Gauss-Jordan elimination of their rows among themselves, then of their columns in the
-// others: all others (inverse) or those below (LU).
-template <bool inverse, int B> void eliminate_rows(Matrix& m, int k, formula::PivotProduct<double>& product) {
-  const int first = inverse ? 0 : k / L;
-  int exchanged[B];
+// Pivot k + s of the rows k, ..., k + B - 1: Gauss-Jordan elimination among themselves.
+template <bool inverse, int B> PYFLOWGEN_INLINE void eliminate_among(Matrix& m, int k, int s) {
+  const int first = inverse ? 0 : k / L, at = k + s;
   V* u[B];
-  for (int s = 0; s < B; ++s) u[s] = m.row(k + s);
-  for (int s = 0; s < B; ++s) {
-    const int at = k + s, p = exchanged[s] = largest_entry(u[s], at, m.n, m.packs);
-    const double pivot = m.at(at)[p];
-    const auto [scale, rest] = inverse ? formula::Reciprocal<double>{1, 1 / pivot} : formula::reciprocal(pivot);
-    if constexpr (!inverse) product.multiply(p == at ? pivot : -pivot);
-    std::swap(m.order[at], m.order[p]);
-    double factor[B];
-    for (int q = 0; q < B; ++q) {
-      aliasing_double* const row = m.at(k + q);
-      const double was = row[at];
-      factor[q] = row[p];
-      set_entry(u[q], p, was);
-      set_entry(u[q], at, q == s ? 1 : 0);
-    }
-    for (int c = first; c < m.packs; ++c) {
-      const V v = u[s][c] = u[s][c] * scale * rest;
-      for (int q = 0; q < B; ++q)
-        if (q != s) u[q][c] = formula::fma(broadcast(-factor[q]), v, u[q][c]);
-    }
+  for (int q = 0; q < B; ++q) u[q] = m.row(k + q);
+  const int p = m.exchanged[s] = largest_entry(u[s], at, m.n, m.packs);
+  const double pivot = m.at(at)[p];
+  const auto [scale, rest] = inverse ? formula::Reciprocal<double>{1, 1 / pivot} : formula::reciprocal(pivot);
+  if constexpr (!inverse) m.product.multiply(p == at ? pivot : -pivot);
+  std::swap(m.order[at], m.order[p]);
+  double factor[B];
+  for (int q = 0; q < B; ++q) {
+    aliasing_double* const row = m.at(k + q);
+    const double was = row[at];
+    factor[q] = row[p];
+    set_entry(u[q], p, was);
+    set_entry(u[q], at, q == s ? 1 : 0);
   }
+  for (int c = first; c < m.packs; ++c) {
+    const V v = u[s][c] = u[s][c] * scale * rest;
+    for (int q = 0; q < B; ++q)
+      if (q != s) u[q][c] = formula::fma(broadcast(-factor[q]), v, u[q][c]);
+  }
+}
+
+// The columns of pivots k, ..., k + B - 1 in the other rows: all others (inverse) or those below (LU).
+template <bool inverse, int B> PYFLOWGEN_INLINE void eliminate_others(Matrix& m, int k) {
   // First the scalars of all rows, then the packs: a pack is not loaded right after a part of it was stored.
   double factors[largest][B];
   V* rows[largest];
@@ -369,7 +362,7 @@ template <bool inverse, int B> void eliminate_rows(Matrix& m, int k, formula::Pi
     aliasing_double* const row = m.at(j);
     for (int s = 0; s < B; ++s) {
       const double was = row[k + s];
-      row[k + s] = row[exchanged[s]], row[exchanged[s]] = was;
+      row[k + s] = row[m.exchanged[s]], row[m.exchanged[s]] = was;
     }
     for (int s = 0; s < B; ++s) {
       factors[count][s] = row[k + s];
@@ -377,19 +370,26 @@ template <bool inverse, int B> void eliminate_rows(Matrix& m, int k, formula::Pi
     }
     rows[count++] = m.row(j);
   }
+  V* u[B];
+  for (int s = 0; s < B; ++s) u[s] = m.row(k + s);
   constexpr int R = vector_bytes == 64 ? 4 : 2;
+  const int first = inverse ? 0 : k / L;
   int j = 0;
   for (; j + R <= count; j += R) update_rows<R, B>(rows + j, factors + j, u, first, m.packs);
   for (; j < count; ++j) update_rows<1, B>(rows + j, factors + j, u, first, m.packs);
 }
 
-template <bool inverse> __attribute__((noinline)) formula::PivotProduct<double> in_rows(Matrix& m) {
-  formula::PivotProduct<double> product;
-  for (int i = 0; i < m.n; ++i) m.order[i] = i;
+template <bool inverse, int B> void eliminate_rows(Matrix& m, int k) {
+  for (int s = 0; s < B; ++s) eliminate_among<inverse, B>(m, k, s);
+  eliminate_others<inverse, B>(m, k);
+}
+
+template <bool inverse> __attribute__((noinline)) void in_rows(Matrix& m) {
+  m.product = {};
+  for (int j = 0; j < m.n; ++j) m.order[j] = j;
   int k = 0;
-  for (; k + 4 <= m.n; k += 4) eliminate_rows<inverse, 4>(m, k, product);
-  for (; k < m.n; ++k) eliminate_rows<inverse, 1>(m, k, product);
-  return product;
+  for (; k + rows_at_once <= m.n; k += rows_at_once) eliminate_rows<inverse, rows_at_once>(m, k);
+  for (; k < m.n; ++k) eliminate_rows<inverse, 1>(m, k);
 }
 
 template <class T> void load_rows(const T* a, Matrix& m) {
@@ -423,12 +423,11 @@ template <class T, class A> void slogdet(const SlogdetForward<T, A>& t, int64_t 
   const int n = int(t.n);
   const int64_t size = t.n * t.n;
   if (n > forward_in_lanes) {
-    Matrix m;
-    m.n = n, m.packs = (n + L - 1) / L;
+    Matrix m(n);
     for (int64_t b = begin; b < end; ++b) {
       load_rows(t.a + b * size, m);
-      const auto product = in_rows<false>(m);
-      t.sign[b] = A(product.sign()), t.logabsdet[b] = A(product.logabs());
+      in_rows<false>(m);
+      t.sign[b] = A(m.product.sign()), t.logabsdet[b] = A(m.product.logabs());
     }
     return;
   }
@@ -447,8 +446,7 @@ template <class T, class A> void slogdet_backward(const SlogdetBackward<T, A>& t
   const int64_t size = t.n * t.n;
   const auto scale = [&](int64_t b) { return double(t.dlogabsdet[b * t.dlogabsdet_stride]); };
   if (n > backward_in_lanes) {
-    Matrix m;
-    m.n = n, m.packs = (n + L - 1) / L;
+    Matrix m(n);
     for (int64_t b = begin; b < end; ++b) {
       load_columns(t.a + b * size, m);
       in_rows<true>(m);

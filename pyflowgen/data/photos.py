@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -44,9 +45,13 @@ def _varied(patches: torch.Tensor) -> torch.Tensor:
     draw = torch.from_numpy(np.random.RandomState(0).permutation(len(patches)))  # the same with every version
     orders = torch.tensor(list(itertools.permutations(range(3))))[draw % 6]
     patches = patches.gather(1, orders[:, :, None, None].expand_as(patches))
-    for bit, change in enumerate(
-        (lambda p: p.flip(2), lambda p: p.flip(3), lambda p: p.transpose(2, 3), lambda p: 2**BITS - 1 - p)
-    ):
+    changes: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+        lambda p: p.flip(2),
+        lambda p: p.flip(3),
+        lambda p: p.transpose(2, 3),
+        lambda p: 2**BITS - 1 - p,
+    )
+    for bit, change in enumerate(changes):
         chosen = (draw // 6 >> bit) % 2 == 1
         patches[chosen] = change(patches[chosen])
     return patches

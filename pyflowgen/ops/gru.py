@@ -118,6 +118,9 @@ class GRU(SequenceLayer, nn.GRU):
     _op, _states = "gru", 1
 
 
+_step = getattr(getattr(torch.ops.pyflowgen, "gru_step", None), "default", None)  # looked up once: a step is short
+
+
 class GRUCell(CellLayer, nn.GRUCell):
     """:class:`torch.nn.GRUCell` on the kernels of :func:`gru`, with a streaming :meth:`step`.
 
@@ -138,9 +141,9 @@ class GRUCell(CellLayer, nn.GRUCell):
     def step(self, x: Tensor, state: Tensor) -> Tensor:
         p = self._parameters
         packed = self._pack.get("gru", p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"])  # type: ignore[arg-type]
-        if packed is None or _native._reference_only:
+        if packed is None or _step is None or _native._reference_only:
             return self._plain(x, state)
-        return torch.ops.pyflowgen.gru_step.default(x, state, packed)
+        return _step(x, state, packed)
 
 
 # --------------------------------------------------------------------------------------------------------- fake

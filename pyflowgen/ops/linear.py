@@ -126,6 +126,8 @@ def _use_kernel(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 # The plain copy of the kernels, for processors without AVX2, is no match for a BLAS.
 _PLAIN = _native.build_info().get("instruction_set") == "baseline"
+# A panel is two vectors wide.
+_VECTOR_BYTES = {"avx2": 32, "avx512": 64}.get(_native.build_info().get("instruction_set", ""), 16)
 # From here on (4 MB of float32 weights) a training step's two gradient products are memory-bound on panels made on the
 # way: measured 0.95-1.0 of torch's speed at 256 rows and more, 1.0-1.5 below either bound.
 _LARGE_WEIGHT, _LARGE_BATCH = 1 << 20, 256
@@ -274,6 +276,13 @@ def _fake_backward(dy, x, weight, saved, activation, need_dx, need_dweight, need
     )
 
 
+def _fake_pack(weight):  # type: ignore[no-untyped-def]
+    out_features, in_features = weight.shape
+    width = 2 * _VECTOR_BYTES // weight.element_size()
+    return weight.new_empty((out_features + width - 1) // width * in_features * width)
+
+
 _native.register("linear", _fake)
+_native.register("linear_pack", _fake_pack)
 _native.register("linear_keep", _fake_keep)
 _native.register("linear_backward", _fake_backward)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pyflowgen.ops.affine_coupling as affine
 import pyflowgen.ops.linear as product
+import pyflowgen.ops.rational_quadratic_spline as spline
 from pyflowgen import _native, coupling, recompute
 from pyflowgen.bijection import Bijection
 from pyflowgen.ops.affine_coupling import Order, Scale
@@ -22,6 +23,7 @@ from pyflowgen.ops.linear import Activation
 Part = tuple[int, int]
 
 _MOST_LAYERS = 16
+_NO_SPLINE, _NO_NUMBERS = (0, 0, 0), (0.0,) * 11
 _NAMES: dict[int, Activation] = {code: name for name, code in product._FUSED.items()}  # type: ignore[misc]
 
 
@@ -37,7 +39,6 @@ class Step(NamedTuple):
     same: Part = (0, 1)
     part: Part = (0, 1)
     scale: int = 0
-    clamp: float = 0.0
     shift_first: bool = False
     inverse: bool = False
     layout: int = 1
@@ -46,11 +47,13 @@ class Step(NamedTuple):
     scaled: int = 0  # 1: u exp(log_scale) + shift; -1: (u - shift) exp(-log_scale)
     log_scale: Tensor | None = None
     shift: Tensor | None = None
+    spline: tuple[int, int, int] = _NO_SPLINE  # bins, convention, tails; no bins: affine or additive
+    numbers: tuple[float, ...] = _NO_NUMBERS  # clamp of the affine coupling, then those of the spline
 
     def options(self) -> tuple[int, ...]:
         return (
             len(self.weights), self.activation, *self.same, *self.part, self.scale, self.shift_first, self.inverse,
-            self.layout, self.permutation is not None, self.scaled, self.shift is not None,
+            self.layout, self.permutation is not None, self.scaled, self.shift is not None, *self.spline,
         )  # fmt: skip
 
 
@@ -73,6 +76,20 @@ def mlp_coupling_reference(
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch definition of :func:`mlp_coupling`, with the same arguments."""
     part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
+    h = _parameters(x, weights, biases, context, activation, same, mask)
+    where: Any = {"mask": mask} if mask is not None else {"part": part}
+    if scale is None:
+        return affine.affine_coupling_reference(x, h, inverse=inverse, **where)
+    return affine.affine_coupling_reference(
+        x, h, scale=scale, clamp=clamp, order=order, inverse=inverse, layout=layout, **where
+    )
+
+
+def _parameters(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], context: Tensor | None,
+    activation: Activation, same: Part, mask: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """What the conditioner gives."""
     if mask is not None:
         h = torch.where(mask, 0, x)
     else:
@@ -82,12 +99,18 @@ def mlp_coupling_reference(
         h = torch.cat([h, context.expand(*x.shape[:-1], -1)], -1)
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         h = product.linear_reference(h, weight, bias, activation if i + 1 < len(weights) else "none")
-    where: Any = {"mask": mask} if mask is not None else {"part": part}
-    if scale is None:
-        return affine.affine_coupling_reference(x, h, inverse=inverse, **where)
-    return affine.affine_coupling_reference(
-        x, h, scale=scale, clamp=clamp, order=order, inverse=inverse, layout=layout, **where
-    )
+    return h
+
+
+def _spline_reference(x: Tensor, context: Tensor | None, s: Step) -> tuple[Tensor, Tensor]:
+    h = _parameters(x, s.weights, s.biases, context, _NAMES[s.activation], s.same, s.mask)
+    bins, convention, tails = s.spline
+    start, step = s.part if s.mask is None else (0, 1)
+    left, right, bottom, top, width, height, slope, edge, clip, scale = s.numbers[1:]
+    return spline._reference(
+        x, h, None, None, None, None, s.mask, bins, 2, start, step, convention, tails, left, right, bottom, top, width,
+        height, slope, edge, clip, scale, s.inverse, 1,
+    )  # fmt: skip
 
 
 def _reference(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
@@ -100,13 +123,16 @@ def _reference(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tupl
             shift = 0 if s.shift is None else s.shift
             x = x * s.log_scale.exp() + shift if s.scaled > 0 else (x - shift) * (-s.log_scale).exp()
             total = total + s.scaled * s.log_scale.sum()
-        if s.weights:
+        if s.weights and s.spline[0]:
+            x, logdet = _spline_reference(x, context, s)
+            total = total + logdet
+        elif s.weights:
             name = affine._SCALES[s.scale]
             x, logdet = mlp_coupling_reference(
                 x, s.weights, s.biases, context, mask=s.mask,
                 activation=_NAMES[s.activation],
                 scale=name if s.scale else None,  # type: ignore[arg-type]
-                clamp=s.clamp if name in affine._DEFAULT_CLAMP else None,
+                clamp=s.numbers[0] if name in affine._DEFAULT_CLAMP else None,
                 order="shift_scale" if s.shift_first else "scale_shift", inverse=s.inverse,
                 layout="interleaved" if s.layout == 2 else "halves", same=s.same, part=s.part,
             )  # fmt: skip
@@ -181,9 +207,9 @@ def mlp_coupling(
     part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
     step = Step(
         tuple(weights), tuple(biases), product._FUSED[activation], same, part,
-        0 if scale is None else affine._SCALES.index(scale),
-        0.0 if scale is None else affine._check_options(scale, clamp, order, layout),
-        order == "shift_scale", bool(inverse), affine._LAYOUTS.index(layout), mask,
+        0 if scale is None else affine._SCALES.index(scale), order == "shift_scale", bool(inverse),
+        affine._LAYOUTS.index(layout), mask,
+        numbers=(0.0 if scale is None else affine._check_options(scale, clamp, order, layout), *_NO_NUMBERS[1:]),
     )  # fmt: skip
     return run(x, context, [step])
 
@@ -227,7 +253,8 @@ def _operands(x: Tensor, context: Tensor | None, steps: Sequence[Step], paramete
         x, context, parameters[:n], [nothing if b is None else b for b in parameters[n : 2 * n]],
         [nothing if s.mask is None else s.mask for s in steps],
         [s.permutation for s in steps if s.permutation is not None],
-        parameters[2 * n : m], parameters[m:], [o for s in steps for o in s.options()], [s.clamp for s in steps],
+        parameters[2 * n : m], parameters[m:], [o for s in steps for o in s.options()],
+        [number for s in steps for number in s.numbers],
     )  # fmt: skip
 
 
@@ -409,14 +436,28 @@ def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[T
 
 def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> Step | None:
     """A coupling layer as a step, when its conditioner is a plain perceptron and all fits; else None."""
+    kind = _NO_SPLINE
+    numbers: tuple[float, ...] = _NO_NUMBERS
     if isinstance(layer, affine.AffineCoupling) and type(layer) is affine.AffineCoupling:
         name, shift_first, layout = layer.scale, layer.order == "shift_scale", layer.layout
         if layout == "pairs":
             return None
         scale, code = affine._SCALES.index(name), affine._LAYOUTS.index(layout)
         clamp = affine._DEFAULT_CLAMP.get(name, 0.0) if layer.clamp is None else float(layer.clamp)
+        per, numbers = 2, (clamp, *numbers[1:])
     elif isinstance(layer, affine.AdditiveCoupling) and type(layer) is affine.AdditiveCoupling:
-        scale, clamp, shift_first, code = 0, 0.0, False, 1
+        scale, shift_first, code, per = 0, False, 1, 1
+    elif isinstance(layer, spline.SplineCoupling) and type(layer) is spline.SplineCoupling:
+        simple = layer.tails in ("linear", "circular") and not isinstance(layer.bound, Tensor)
+        if not simple or layer.layout != "channels":
+            return None
+        minima = layer.min_bin_width, layer.min_bin_height, layer.min_derivative
+        tails, bounds, edge, clip = spline._check_options(
+            layer.bound, layer.tails, minima, layer.convention, layer.scale, layer.layout
+        )
+        kind = layer.bins, spline._CONVENTIONS.index(layer.convention), tails
+        numbers = 0.0, *bounds, edge, clip, float(layer.scale)
+        scale, shift_first, code, per = 0, False, 1, 3 * layer.bins + spline._DERIVATIVES[tails]
     else:
         return None
     if layer.event_dim != 1:
@@ -444,25 +485,16 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
     last = weights[-1]
     if (
         weights[0].shape[1] != conditioning + (0 if context is None else context.shape[-1])
-        or last.shape[0] != (2 * transformed if scale else transformed)
+        or last.shape[0] != per * transformed
         or last.dtype is not x.dtype
         or last.device != x.device
         or (context is not None and (context.dtype is not x.dtype or context.dim() != x.dim()))
     ):
         return None  # layer by layer, which finds the words for what does not fit
     return Step(
-        tuple(weights),
-        tuple(biases),
-        product._FUSED[activation],
-        same,
-        part,
-        scale,
-        clamp,
-        shift_first,
-        inverse,
-        code,
-        mask,
-    )
+        tuple(weights), tuple(biases), product._FUSED[activation], same, part, scale, shift_first, inverse, code, mask,
+        spline=kind, numbers=numbers,
+    )  # fmt: skip
 
 
 def _one(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor] | None:
@@ -517,14 +549,14 @@ recompute.several = _many
 
 
 # -------------------------------------------------------------------------------------------------------- fake
-def _fake(x, context, weights, biases, masks, indices, log_scales, shifts, options, clamps, keep):  # type: ignore[no-untyped-def]
+def _fake(x, context, weights, biases, masks, indices, log_scales, shifts, options, numbers, keep):  # type: ignore[no-untyped-def]
     rows = math.prod(x.shape[:-1])
-    saved = rows * (sum(w.shape[0] for w in weights) + x.shape[-1] * (len(clamps) - 1)) if keep else 0
+    saved = rows * (sum(w.shape[0] for w in weights) + x.shape[-1] * (len(masks) - 1)) if keep else 0
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1]), x.new_empty(saved)
 
 
 def _fake_backward(  # type: ignore[no-untyped-def]
-    dy, dlogdet, x, context, weights, biases, masks, indices, log_scales, shifts, saved, options, clamps, need_input,
+    dy, dlogdet, x, context, weights, biases, masks, indices, log_scales, shifts, saved, options, numbers, need_input,
     need_parameters,
 ):  # fmt: skip
     gradients = [t.new_empty(t.shape if need_parameters else 0) for t in (*weights, *biases, *log_scales, *shifts)]

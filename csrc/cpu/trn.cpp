@@ -1,0 +1,376 @@
+// trn on the CPU: the way through a clip, threads, registration.
+//
+// Floor at batch 1: every matrix read once a frame, the decoder's L times; nothing else is of that size. Each product
+// shares its panels between the threads; what lies between products is small, and done by the caller.
+#include "trn.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
+#include "cpu/dense.h"
+
+namespace pyflowgen {
+namespace {
+
+// A matrix packed by linear_pack; y = activation(x matrix^T + bias).
+template <class T> struct Packed {
+  int64_t out_features, in;
+  const T* panels;
+  const T* bias;
+  void operator()(int64_t rows, const T* x, Activation activation, T* y) const {
+    if (rows == 1) {
+      const int64_t all = PYFLOWGEN_CALL(trn_row_panels<T>, out_features), threads = threads_for(in * out_features);
+      return in_threads(threads, [&](int64_t i) {
+        PYFLOWGEN_CALL(trn_row<T>, in, out_features, x, panels, bias, activation == Activation::relu, y,
+                       all * i / threads, all * (i + 1) / threads);
+      });
+    }
+    const LinearForward<T> o{
+        rows,       in, out_features, threads_for(rows * in * out_features), x, in, nullptr, panels, bias,
+        activation, y,  nullptr};
+    const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
+    in_threads(o.threads,
+               [&](int64_t i) { PYFLOWGEN_CALL(linear<T>, o, tasks * i / o.threads, tasks * (i + 1) / o.threads); });
+  }
+};
+
+template <class T>
+Packed<T> packed(const char* name, const Tensor& panels, const Tensor* bias, int64_t out_features, int64_t in) {
+  STD_TORCH_CHECK(panels.numel() == PYFLOWGEN_CALL(linear_packed_size<T>, in, out_features) && panels.is_contiguous(),
+                  "trn: ", name, " must be linear_pack of a matrix of shape (", out_features, ", ", in, ")");
+  STD_TORCH_CHECK(!bias || (bias->numel() == out_features && bias->is_contiguous()), "trn: the bias of ", name,
+                  " must have shape (", out_features, ",)");
+  return {out_features, in, data<T>(panels), bias ? data<T>(*bias) : nullptr};
+}
+
+// x[i] *= mask[i], the rows of x being stride apart.
+template <class T> void mask_columns(int64_t rows, int64_t columns, const T* mask, T* x, int64_t stride) {
+  if (mask)
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t j = 0; j < columns; ++j) x[b * stride + j] *= mask[b * columns + j];
+}
+template <class T> void copy_columns(int64_t rows, int64_t columns, const T* from, T* to, int64_t stride) {
+  for (int64_t b = 0; b < rows; ++b) std::copy_n(from + b * columns, columns, to + b * stride);
+}
+template <class T> void take_columns(int64_t rows, int64_t columns, const T* from, int64_t stride, T* to) {
+  for (int64_t b = 0; b < rows; ++b) std::copy_n(from + b * stride, columns, to + b * columns);
+}
+
+// A cell's rows are worth a second thread from so many units on.
+constexpr int64_t units_per_thread = 1 << 13;
+template <class F> void over_rows(int64_t rows, int64_t hidden, const F& f) {
+  const int64_t threads = std::min(rows, threads_for(rows * hidden * work_per_thread / units_per_thread));
+  in_threads(std::max<int64_t>(1, threads), [&](int64_t i) {
+    f(rows * i / std::max<int64_t>(1, threads), rows * (i + 1) / std::max<int64_t>(1, threads));
+  });
+}
+
+struct Sizes { int64_t frames, batch, hidden, features, classes, steps; };
+
+// Where frame t's part of a buffer begins: one for each frame when they are kept, else the same for all.
+template <class T> struct Frames {
+  T* data;
+  int64_t stride;
+  T* operator[](int64_t t) const { return data + t * stride; }
+};
+
+struct Kept { Tensor hs, cs, scores, futures, enc_in, enc_gates, dec_in, dec_gates, gs, ks, rows; };
+
+// dropout's factors, or null.
+template <class T> struct Masks { const T *future, *u, *g; };
+using Optional = std::optional<Tensor>;
+template <class T> Masks<T> masks_of(const Optional& future, const Optional& u, const Optional& g) {
+  for (const Optional* t : {&future, &u, &g})
+    STD_TORCH_CHECK(!*t || (*t)->is_contiguous(), "trn: masks must be contiguous");
+  return {future ? data<T>(*future) : nullptr, u ? data<T>(*u) : nullptr, g ? data<T>(*g) : nullptr};
+}
+
+struct Matrices {
+  const Tensor &enc, &dec, &dec_bias, &hx, &hx_bias, &cx, &cx_bias, &fusion, &fusion_bias, &ahead, &ahead_bias,
+      &classifier, &classifier_bias;
+};
+
+template <class T> Kept forward(const Tensor& given, const Tensor& h, const Tensor& c, const Tensor& future,
+                                const Matrices& m, const Sizes& s, const Masks<T>& masks, bool before, bool previous,
+                                bool keep) {
+  const int64_t T_ = s.frames, B = s.batch, H = s.hidden, F = s.features, C = s.classes, L = s.steps;
+  const Packed<T> enc = packed<T>("enc", m.enc, nullptr, 4 * H, F + H);
+  const Packed<T> dec = packed<T>("dec", m.dec, &m.dec_bias, 4 * H, 2 * H);
+  const Packed<T> hx = packed<T>("hx", m.hx, &m.hx_bias, H, H), cx = packed<T>("cx", m.cx, &m.cx_bias, H, H);
+  const Packed<T> fusion = packed<T>("fusion", m.fusion, &m.fusion_bias, H, C);
+  const Packed<T> ahead = packed<T>("ahead", m.ahead, &m.ahead_bias, F, H);
+  const Packed<T> classifier = packed<T>("classifier", m.classifier, &m.classifier_bias, C, H);
+  const int64_t n = keep ? T_ : 1, wide = before ? 1 : L;
+  Kept k{empty({keep ? T_ + 1 : T_, B, H}, h),
+         empty({n + 1, B, H}, h),
+         empty({T_, L, B, C}, h),
+         empty({n, B, F}, h),
+         empty({n, B, F + H}, h),
+         empty({n, B, 4 * H}, h),
+         empty({n, L, B, 2 * H}, h),
+         empty({n, L, B, 4 * H}, h),
+         empty({n, L + 1, B, H}, h),
+         empty({n, L + 1, B, H}, h),
+         empty({n, wide, B, before ? H : F}, h)};
+  const auto frames = [&](const Tensor& t, int64_t size) { return Frames<T>{out<T>(t), keep ? size : 0}; };
+  const Frames<T> futures = frames(k.futures, B * F), enc_in = frames(k.enc_in, B * (F + H));
+  const Frames<T> enc_gates = frames(k.enc_gates, B * 4 * H), dec_in = frames(k.dec_in, L * B * 2 * H);
+  const Frames<T> dec_gates = frames(k.dec_gates, L * B * 4 * H), gs = frames(k.gs, (L + 1) * B * H);
+  const Frames<T> ks = frames(k.ks, (L + 1) * B * H), rows = frames(k.rows, wide * B * (before ? H : F));
+  const Tensor u_buffer = empty({B, H}, h);
+  T *u = out<T>(u_buffer), *hs = out<T>(k.hs), *scores = out<T>(k.scores);
+  // Without keeping, the cell goes to and fro between two rows.
+  const auto cell_at = [&](int64_t t) { return out<T>(k.cs) + (keep ? t : t % 2) * B * H; };
+  // The state before frame t; not kept, the first is the argument itself.
+  const auto state_at = [&](int64_t t) {
+    return keep ? hs + t * B * H : t ? hs + (t - 1) * B * H : const_cast<T*>(data<T>(h));
+  };
+  if (keep) std::copy_n(data<T>(h), B * H, hs);
+  std::copy_n(data<T>(c), B * H, cell_at(0));
+
+  const auto cell = [&](T* gates, const T* extra, const T* c_before, T* c_next, T* h_next) {
+    const TrnCell<T> o{B, H, gates, extra, c_before, c_next, h_next};
+    over_rows(B, H, [&](int64_t begin, int64_t end) { PYFLOWGEN_CALL(trn_cell<T>, o, begin, end); });
+  };
+  const auto decode = [&](int64_t t, const T* from_h, const T* from_c) {
+    T *g = gs[t], *cells = ks[t];
+    hx(B, from_h, Activation::relu, g);
+    cx(B, from_c, Activation::relu, cells);
+    for (int64_t i = 0; i < L; ++i, g += B * H, cells += B * H) {
+      T* in = dec_in[t] + i * B * 2 * H;
+      if (i) {
+        copy_columns(B, H, u, in, 2 * H);
+        mask_columns(B, H, masks.u ? masks.u + (t * L + i) * B * H : nullptr, in, 2 * H);
+      } else {
+        for (int64_t b = 0; b < B; ++b) std::fill_n(in + b * 2 * H, H, T(0));
+      }
+      copy_columns(B, H, g, in + H, 2 * H);
+      T* gates = dec_gates[t] + i * B * 4 * H;
+      dec(B, in, Activation::none, gates);
+      cell(gates, nullptr, cells, cells + B * H, g + B * H);
+      T* q = scores + (t * L + i) * B * C;
+      const T* read = g + B * H;
+      if (masks.g) {
+        std::copy_n(read, B * H, u);
+        mask_columns(B, H, masks.g + (t * L + i) * B * H, u, H);
+        read = u;
+      }
+      classifier(B, read, Activation::none, q);
+      if (i + 1 < L) fusion(B, q, Activation::relu, u);
+    }
+    const T* states = gs[t] + B * H;
+    if (before) {
+      PYFLOWGEN_CALL(trn_mean<T>, L, B * H, states, rows[t]);
+      ahead(B, rows[t], Activation::relu, futures[t]);
+    } else {
+      ahead(L * B, states, Activation::relu, rows[t]);
+      PYFLOWGEN_CALL(trn_mean<T>, L, B * F, rows[t], futures[t]);
+    }
+  };
+  for (int64_t t = 0; t < T_; ++t) {
+    const T *h_before = state_at(t), *c_before = cell_at(t);
+    if (previous) decode(t, h_before, c_before);
+    const T* fed = previous ? futures[t] : t ? futures[t - 1] : data<T>(future);
+    copy_columns(B, F, fed, enc_in[t], F + H);
+    mask_columns(B, F, masks.future ? masks.future + t * B * F : nullptr, enc_in[t], F + H);
+    copy_columns(B, H, h_before, enc_in[t] + F, F + H);
+    enc(B, enc_in[t], Activation::none, enc_gates[t]);
+    cell(enc_gates[t], data<T>(given) + t * B * 4 * H, c_before, cell_at(t + 1), state_at(t + 1));
+    if (!previous) decode(t, state_at(t + 1), cell_at(t + 1));
+  }
+  return k;
+}
+
+Sizes sizes(const Tensor& given, const Tensor& h, const Tensor& c, const Tensor& future, const Tensor& classifier_bias,
+            int64_t steps) {
+  STD_TORCH_CHECK(given.dim() == 3 && h.dim() == 2 && future.dim() == 2,
+                  "trn: given must be (frames, batch, 4 hidden)");
+  const Sizes s{given.size(0), h.size(0), h.size(1), future.size(1), classifier_bias.numel(), steps};
+  STD_TORCH_CHECK(given.size(1) == s.batch && given.size(2) == 4 * s.hidden && future.size(0) == s.batch &&
+                      c.numel() == h.numel() && steps >= 1,
+                  "trn: given ", shape_of(given), ", h ", shape_of(h), ", c ", shape_of(c), " and future ",
+                  shape_of(future), " do not fit");
+  return s;
+}
+
+Kept run(Tensor given, Tensor h, Tensor c, Tensor future, const Matrices& m, int64_t steps, bool before, bool previous,
+         bool keep, const Optional& mask_future, const Optional& mask_u, const Optional& mask_g) {
+  const Sizes s = sizes(given, h, c, future, m.classifier_bias, steps);
+  const ScalarType dtype = h.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "trn: the kernel takes float32 and float64");
+  for (const Tensor* t : std::initializer_list<const Tensor*>{
+           &given, &c, &future, &m.enc, &m.dec, &m.dec_bias, &m.hx, &m.hx_bias, &m.cx, &m.cx_bias, &m.fusion,
+           &m.fusion_bias, &m.ahead, &m.ahead_bias, &m.classifier, &m.classifier_bias})
+    STD_TORCH_CHECK(t->scalar_type() == dtype, "trn: all tensors must have h's dtype");
+  const auto go = [&]<class T>() {
+    return forward<T>(dense(given), dense(h), dense(c), dense(future), m, s, masks_of<T>(mask_future, mask_u, mask_g),
+                      before, previous, keep);
+  };
+  return dtype == ScalarType::Float ? go.operator()<float>() : go.operator()<double>();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> trn(Tensor given, Tensor h, Tensor c, Tensor future, Tensor enc, Tensor dec,
+                                               Tensor dec_bias, Tensor hx, Tensor hx_bias, Tensor cx, Tensor cx_bias,
+                                               Tensor fusion, Tensor fusion_bias, Tensor ahead, Tensor ahead_bias,
+                                               Tensor classifier, Tensor classifier_bias, int64_t steps, bool before,
+                                               bool previous) {
+  const Matrices m{enc,         dec,   dec_bias,   hx,         hx_bias,        cx, cx_bias, fusion,
+                   fusion_bias, ahead, ahead_bias, classifier, classifier_bias};
+  Kept k = run(given, h, c, future, m, steps, before, previous, false, {}, {}, {});
+  const bool any = given.size(0) > 0;
+  return {k.hs, k.scores, torch::stable::clone(torch::stable::select(k.cs, 0, given.size(0) % 2)),
+          any ? torch::stable::select(k.futures, 0, 0) : torch::stable::clone(future)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> trn_keep(
+    Tensor given, Tensor h, Tensor c, Tensor future, Tensor enc, Tensor dec, Tensor dec_bias, Tensor hx, Tensor hx_bias,
+    Tensor cx, Tensor cx_bias, Tensor fusion, Tensor fusion_bias, Tensor ahead, Tensor ahead_bias, Tensor classifier,
+    Tensor classifier_bias, int64_t steps, bool before, bool previous, Optional mask_future, Optional mask_u,
+    Optional mask_g) {
+  const Matrices m{enc,         dec,   dec_bias,   hx,         hx_bias,        cx, cx_bias, fusion,
+                   fusion_bias, ahead, ahead_bias, classifier, classifier_bias};
+  Kept k = run(given, h, c, future, m, steps, before, previous, true, mask_future, mask_u, mask_g);
+  return {k.hs, k.cs, k.scores, k.futures, k.enc_in, k.enc_gates, k.dec_in, k.dec_gates, k.gs, k.ks, k.rows};
+}
+
+struct Gradients { Tensor dgiven, ddec_gates, dq, du, drows, dhx, dcx, dh, dc, dfuture; };
+
+template <class T> Gradients backward(const Tensor& dhs, const Tensor& dc_last, const Tensor& dfuture_last,
+                                      const Tensor& dscores, const Tensor& cs, const Tensor& futures,
+                                      const Tensor& enc_gates, const Tensor& dec_in, const Tensor& dec_gates,
+                                      const Tensor& gs, const Tensor& ks, const Tensor& rows, const Matrices& m,
+                                      const Masks<T>& masks, bool before, bool previous) {
+  const int64_t T_ = dscores.size(0), L = dscores.size(1), B = dscores.size(2), C = dscores.size(3);
+  const int64_t H = cs.size(2), F = futures.size(2), wide = before ? 1 : L;
+  const Packed<T> enc = packed<T>("enc", m.enc, nullptr, F + H, 4 * H),
+                  dec = packed<T>("dec", m.dec, nullptr, 2 * H, 4 * H);
+  const Packed<T> hx = packed<T>("hx", m.hx, nullptr, H, H), cx = packed<T>("cx", m.cx, nullptr, H, H);
+  const Packed<T> fusion = packed<T>("fusion", m.fusion, nullptr, C, H);
+  const Packed<T> ahead = packed<T>("ahead", m.ahead, nullptr, H, F);
+  const Packed<T> classifier = packed<T>("classifier", m.classifier, nullptr, H, C);
+  Gradients d{empty({T_, B, 4 * H}, cs),   empty({T_, L, B, 4 * H}, cs),
+              empty({T_, L, B, C}, cs),    empty({T_, L, B, H}, cs),
+              empty({T_, wide, B, F}, cs), empty({T_, B, H}, cs),
+              empty({T_, B, H}, cs),       empty({B, H}, cs),
+              empty({B, H}, cs),           empty({B, F}, cs)};
+  const Tensor dstates_buffer = empty({L, B, H}, cs), both_buffer = empty({B, std::max(2 * H, F + H)}, cs);
+  const Tensor small_buffer = empty({2, B, std::max(H, C)}, cs), dk_buffer = empty({B, H}, cs);
+  T *dstates = out<T>(dstates_buffer), *both = out<T>(both_buffer), *dk = out<T>(dk_buffer);
+  T *some = out<T>(small_buffer), *part = some + B * std::max(H, C);
+  T *dh = out<T>(d.dh), *dc = out<T>(d.dc), *dfuture = out<T>(d.dfuture);
+  const auto relu_backward = [&](int64_t count, const T* y, const T* dy, T scale, T* dz) {
+    PYFLOWGEN_CALL(trn_relu_backward<T>, count, y, dy, scale, dz);
+  };
+  const auto add = [&](int64_t count, T scale, const T* from, T* to) {
+    PYFLOWGEN_CALL(trn_add<T>, count, scale, from, to);
+  };
+  const auto cell = [&](const T* gates, const T* c_before, const T* c_next, const T* dh_next, T* dcell, T* dgates) {
+    const TrnCellBackward<T> o{B, H, gates, c_before, c_next, dh_next, dcell, dgates};
+    over_rows(B, H, [&](int64_t begin, int64_t end) { PYFLOWGEN_CALL(trn_cell_backward<T>, o, begin, end); });
+  };
+  // Adds to dh and dc what the decoder of frame t asks for, dfuture being the gradient of its future feature.
+  const auto decode = [&](int64_t t) {
+    const T *g = data<T>(gs) + t * (L + 1) * B * H, *cells = data<T>(ks) + t * (L + 1) * B * H;
+    T* drow = out<T>(d.drows) + t * wide * B * F;
+    if (before) {
+      relu_backward(B * F, data<T>(futures) + t * B * F, dfuture, T(1), drow);
+      ahead(B, drow, Activation::none, part);
+    } else {
+      for (int64_t i = 0; i < L; ++i)
+        relu_backward(B * F, data<T>(rows) + (t * L + i) * B * F, dfuture, T(1) / T(L), drow + i * B * F);
+      ahead(L * B, drow, Activation::none, dstates);
+    }
+    if (before)
+      for (int64_t i = 0; i < L; ++i) {
+        std::fill_n(dstates + i * B * H, B * H, T(0));
+        add(B * H, T(1) / T(L), part, dstates + i * B * H);
+      }
+    std::fill_n(dk, B * H, T(0));
+    for (int64_t i = L - 1; i >= 0; --i) {
+      T *du = out<T>(d.du) + (t * L + i) * B * H, *dq = out<T>(d.dq) + (t * L + i) * B * C;
+      T* dstate = dstates + i * B * H;
+      std::copy_n(data<T>(dscores) + (t * L + i) * B * C, B * C, dq);
+      if (i + 1 < L) {  // both: gradient of [u; g] that the next step took
+        take_columns(B, H, both, 2 * H, part);
+        mask_columns(B, H, masks.u ? masks.u + (t * L + i + 1) * B * H : nullptr, part, H);
+        take_columns(B, H, data<T>(dec_in) + (t * L + i + 1) * B * 2 * H, 2 * H, some);
+        relu_backward(B * H, some, part, T(1), du);
+        fusion(B, du, Activation::none, some);
+        add(B * C, T(1), some, dq);
+        take_columns(B, H, both + H, 2 * H, part);
+        add(B * H, T(1), part, dstate);
+      } else {
+        std::fill_n(du, B * H, T(0));
+      }
+      classifier(B, dq, Activation::none, part);
+      mask_columns(B, H, masks.g ? masks.g + (t * L + i) * B * H : nullptr, part, H);
+      add(B * H, T(1), part, dstate);
+      T* dgates = out<T>(d.ddec_gates) + (t * L + i) * B * 4 * H;
+      cell(data<T>(dec_gates) + (t * L + i) * B * 4 * H, cells + i * B * H, cells + (i + 1) * B * H, dstate, dk,
+           dgates);
+      dec(B, dgates, Activation::none, both);
+    }
+    T *dhx = out<T>(d.dhx) + t * B * H, *dcx = out<T>(d.dcx) + t * B * H;
+    take_columns(B, H, both + H, 2 * H, part);
+    relu_backward(B * H, g, part, T(1), dhx);
+    relu_backward(B * H, cells, dk, T(1), dcx);
+    hx(B, dhx, Activation::none, part);
+    add(B * H, T(1), part, dh);
+    cx(B, dcx, Activation::none, part);
+    add(B * H, T(1), part, dc);
+  };
+  std::fill_n(dh, B * H, T(0));
+  std::copy_n(data<T>(dc_last), B * H, dc);
+  std::copy_n(data<T>(dfuture_last), B * F, dfuture);
+  for (int64_t t = T_ - 1; t >= 0; --t) {
+    add(B * H, T(1), data<T>(dhs) + t * B * H, dh);
+    if (!previous) decode(t);
+    T* dgates = out<T>(d.dgiven) + t * B * 4 * H;
+    cell(data<T>(enc_gates) + t * B * 4 * H, data<T>(cs) + t * B * H, data<T>(cs) + (t + 1) * B * H, dh, dc, dgates);
+    enc(B, dgates, Activation::none, both);
+    mask_columns(B, F, masks.future ? masks.future + t * B * F : nullptr, both, F + H);
+    take_columns(B, H, both + F, F + H, dh);
+    if (previous && t == T_ - 1) {  // the last future feature is a result too
+      for (int64_t b = 0; b < B; ++b) add(F, T(1), both + b * (F + H), dfuture + b * F);
+    } else {
+      take_columns(B, F, both, F + H, dfuture);
+    }
+    if (previous) decode(t);
+  }
+  if (previous && T_) std::fill_n(dfuture, B * F, T(0));  // the first frame makes its own
+  return d;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> trn_backward(
+    Tensor dhs, Tensor dc, Tensor dfuture, Tensor dscores, Tensor cs, Tensor futures, Tensor enc_gates, Tensor dec_in,
+    Tensor dec_gates, Tensor gs, Tensor ks, Tensor rows, Tensor enc, Tensor dec, Tensor hx, Tensor cx, Tensor fusion,
+    Tensor ahead, Tensor classifier, bool before, bool previous, Optional mask_future, Optional mask_u,
+    Optional mask_g) {
+  const ScalarType dtype = cs.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double,
+                  "trn: the kernel takes float32 and float64");
+  STD_TORCH_CHECK(dscores.dim() == 4 && cs.dim() == 3 && futures.dim() == 3 &&
+                      dhs.numel() == dscores.size(0) * dscores.size(2) * cs.size(2),
+                  "trn_backward: dscores ", shape_of(dscores), " and dhs ", shape_of(dhs), " do not fit");
+  const Matrices m{enc, dec, dec, hx, hx, cx, cx, fusion, fusion, ahead, ahead, classifier, classifier};
+  const auto go = [&]<class T>() {
+    return backward<T>(dense(dhs), dense(dc), dense(dfuture), dense(dscores), cs, futures, enc_gates, dec_in, dec_gates,
+                       gs, ks, rows, m, masks_of<T>(mask_future, mask_u, mask_g), before, previous);
+  };
+  const Gradients d = dtype == ScalarType::Float ? go.operator()<float>() : go.operator()<double>();
+  return {d.dgiven, d.ddec_gates, d.dq, d.du, d.drows, d.dhx, d.dcx, d.dh, d.dc, d.dfuture};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyflowgen, CPU, m) {
+  m.impl("trn", TORCH_BOX(&trn));
+  m.impl("trn_keep", TORCH_BOX(&trn_keep));
+  m.impl("trn_backward", TORCH_BOX(&trn_backward));
+}
+
+}  // namespace pyflowgen

@@ -1,0 +1,109 @@
+// trn on the CPU: the cells, and what relu and mean ask for between linear's products.
+#include "trn.h"
+
+#include "cpu/gemm.h"
+#include "formula/lstm.h"
+
+namespace pyflowgen::PYFLOWGEN_ISA {
+
+template <class T> void trn_cell(const TrnCell<T>& o, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* gates = o.gates + row * 4 * o.hidden;
+    const T* given = o.given ? o.given + row * 4 * o.hidden : nullptr;
+    for (int64_t j = 0; j < o.hidden; j += lanes<T>) {
+      const int count = int(std::min<int64_t>(lanes<T>, o.hidden - j));
+      Pack<T> a[4];
+      for (int gate = 0; gate < 4; ++gate) {
+        a[gate] = load_first<T>(gates + gate * o.hidden + j, count);
+        if (given) a[gate] += load_first<T>(given + gate * o.hidden + j, count);
+      }
+      const auto u = formula::lstm(a[0], a[1], a[2], a[3], load_first<T>(o.c + row * o.hidden + j, count));
+      const Pack<T> values[4] = {u.i, u.f, u.g, u.o};
+      for (int gate = 0; gate < 4; ++gate) store_first<T>(gates + gate * o.hidden + j, values[gate], count);
+      store_first<T>(o.c_next + row * o.hidden + j, u.c, count);
+      store_first<T>(o.h_next + row * o.hidden + j, u.h, count);
+    }
+  }
+}
+
+template <class T> void trn_cell_backward(const TrnCellBackward<T>& o, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t j = 0; j < o.hidden; j += lanes<T>) {
+      const int count = int(std::min<int64_t>(lanes<T>, o.hidden - j));
+      const int64_t at = row * o.hidden + j, gates = row * 4 * o.hidden + j;
+      Pack<T> v[4];
+      for (int gate = 0; gate < 4; ++gate) v[gate] = load_first<T>(o.gates + gates + gate * o.hidden, count);
+      const auto d = formula::lstm_backward(v[0], v[1], v[2], v[3], load_first<T>(o.c_next + at, count),
+                                            load_first<T>(o.c + at, count), load_first<T>(o.dh + at, count),
+                                            load_first<T>(o.dc + at, count));
+      const Pack<T> slopes[4] = {d.di, d.df, d.dg, d.d_o};
+      for (int gate = 0; gate < 4; ++gate) store_first<T>(o.dgates + gates + gate * o.hidden, slopes[gate], count);
+      store_first<T>(o.dc + at, d.before, count);
+    }
+}
+
+// So many panels at once: their sums hide each other's latency, and their streams that of memory.
+inline constexpr int row_panels = 4;
+
+template <int count, class T> PYFLOWGEN_INLINE void row_of_panels(int64_t in, int64_t out, const T* x, const T* panels,
+                                                                  const T* bias, bool relu, T* y, int64_t panel) {
+  constexpr int width = tile_columns<T>, side = lanes<T>, ahead = 16;
+  Pack<T> sums[count][2] = {};
+  const T* b = panels + panel * in * width;
+  for (int64_t k = 0; k < in; ++k, b += width) {
+    const Pack<T> v = broadcast<T>(x[k]);
+    for (int p = 0; p < count; ++p) {
+      const T* line = b + p * in * width;
+      __builtin_prefetch(line + ahead * width);
+      __builtin_prefetch(line + ahead * width + side);
+      sums[p][0] = fma(v, load<T>(line), sums[p][0]);
+      sums[p][1] = fma(v, load<T>(line + side), sums[p][1]);
+    }
+  }
+  for (int p = 0; p < count; ++p)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t n = (panel + p) * width + half * side;
+      const int left = int(std::min<int64_t>(side, out - n));
+      if (left <= 0) continue;
+      Pack<T> z = sums[p][half];
+      if (bias) z += load_first<T>(bias + n, left);
+      store_first<T>(y + n, relu ? (z < 0 ? Pack<T>{} : z) : z, left);
+    }
+}
+
+template <class T> int64_t trn_row_panels(int64_t out) { return gemm_panels<T>(out); }
+
+template <class T> void trn_row(int64_t in, int64_t out, const T* x, const T* panels, const T* bias, bool relu, T* y,
+                                int64_t begin, int64_t end) {
+  int64_t p = begin;
+  for (; p + row_panels <= end; p += row_panels) row_of_panels<row_panels>(in, out, x, panels, bias, relu, y, p);
+  for (; p < end; ++p) row_of_panels<1>(in, out, x, panels, bias, relu, y, p);
+}
+
+template <class T> void trn_relu_backward(int64_t count, const T* y, const T* dy, T scale, T* dz) {
+  for (int64_t i = 0; i < count; ++i) dz[i] = y[i] <= 0 ? T(0) : dy[i] * scale;
+}
+
+template <class T> void trn_add(int64_t count, T scale, const T* from, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += scale * from[i];
+}
+
+template <class T> void trn_mean(int64_t parts, int64_t count, const T* in, T* out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = in[i];
+  for (int64_t part = 1; part < parts; ++part)
+    for (int64_t i = 0; i < count; ++i) out[i] += in[part * count + i];
+  for (int64_t i = 0; i < count; ++i) out[i] /= T(parts);
+}
+
+#define PYFLOWGEN_TRN(T) \
+  template void trn_cell<T>(const TrnCell<T>&, int64_t, int64_t); \
+  template void trn_cell_backward<T>(const TrnCellBackward<T>&, int64_t, int64_t); \
+  template int64_t trn_row_panels<T>(int64_t); \
+  template void trn_row<T>(int64_t, int64_t, const T*, const T*, const T*, bool, T*, int64_t, int64_t); \
+  template void trn_relu_backward<T>(int64_t, const T*, const T*, T, T*); \
+  template void trn_add<T>(int64_t, T, const T*, T*); \
+  template void trn_mean<T>(int64_t, int64_t, const T*, T*);
+PYFLOWGEN_TRN(float)
+PYFLOWGEN_TRN(double)
+
+}  // namespace pyflowgen::PYFLOWGEN_ISA
