@@ -143,6 +143,12 @@ class Coupling(Bijection):
     def rebuild(
         self, y: Tensor, context: Tensor | None = None, *, inverse: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if self.event_dim == 1 and whole_layer is not None:  # twice in one operator costs less than once in parts
+            with torch.no_grad():
+                result = whole_layer(self, y, context, not inverse)
+            if result is not None:
+                x = result[0].requires_grad_()
+                return x, *self.forward(x, context, inverse=inverse)
         x = y.detach().requires_grad_()  # the conditioner sees the part that x and y share: once is enough
         params, part, mask = self._parameters_and_part(x, context)
         with torch.no_grad():
