@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -48,6 +48,17 @@ class Sample:
         options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         return Sample(self.name, tuple(tensors), options)
 
+    def nearby(self, draw: int, dtype: torch.dtype) -> Sample:
+        """The sample itself (draw 0), or one some roundings of `dtype` away."""
+        generator = torch.Generator().manual_seed(draw)
+
+        def moved(t: Tensor) -> Tensor:
+            base = torch.as_strided(t, (t.untyped_storage().nbytes() // t.element_size(),), (1,), 0)
+            noise = torch.randn(base.shape, generator=generator, dtype=t.dtype)
+            return (base * (1 + 2 * torch.finfo(dtype).eps * noise)).as_strided(t.shape, t.stride(), t.storage_offset())
+
+        return replace(self, tensors=tuple(moved(t) if draw and t.is_floating_point() else t for t in self.tensors))
+
 
 def _dense(t: Tensor) -> bool:
     return torch.empty_like(t).stride() == t.stride()
@@ -74,6 +85,7 @@ class Op:
     resize: Callable[[int], Sample]  # the same call for several batch sizes, for dynamic shapes
     bad: list[tuple[str, Callable[[], Any], type[Exception], str]] = field(default_factory=list)
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    draws: int = 1  # how many inputs, some roundings apart, the reference's own error is the largest of
 
 
 def outputs(result: Any) -> tuple[Tensor, ...]:
@@ -109,16 +121,16 @@ def run(function: Callable[..., Any], sample: Sample, grads: bool = True) -> tup
 
 
 def assert_close(
-    got: Tensor | None, truth: Tensor | None, plain: Tensor | None, exact: Tensor | None, what: str
+    got: Tensor | None, truth: Tensor | None, plain: list[Tensor | None], exact: list[Tensor | None], what: str
 ) -> None:
-    """Error of `got` against `truth` at most twice that of `plain`, the reference's result, against `exact`.
+    """Error of `got` against `truth` at most twice the largest of `plain`, the reference's results, against `exact`.
 
     Both errors in units of their dtype's rounding: for 64 bits the reference is judged in 32.
     """
     if truth is None:
         assert got is None or not got.count_nonzero(), f"{what}: expected no gradient"
         return
-    assert got is not None and plain is not None and exact is not None, f"{what}: missing"
+    assert got is not None, f"{what}: missing"
     assert got.shape == truth.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(truth.shape)}"
     assert torch.equal(torch.isnan(got), torch.isnan(truth)), f"{what}: NaN where there is none, or none where there is"
 
@@ -135,7 +147,10 @@ def assert_close(
 
     # Where the truth is in the tested dtype, it errs once more itself.
     times, roundings = (3, 2) if got.dtype == truth.dtype == torch.float64 else (2, 1)
-    for kind, mine, its in zip(("largest", "median relative"), errors(got, truth), errors(plain, exact), strict=True):
+    plain_errors = [errors(p, e) for p, e in zip(plain, exact, strict=True) if p is not None and e is not None]
+    assert plain_errors, f"{what}: missing"
+    theirs = (max(e[i] for e in plain_errors) for i in (0, 1))
+    for kind, mine, its in zip(("largest", "median relative"), errors(got, truth), theirs, strict=True):
         assert mine <= times * its + roundings, (
             f"{what}: {kind} error {mine:.3g}, the reference's {its:.3g} (in roundings)"
         )
@@ -158,24 +173,19 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
         )
         # The float64 reference is the truth, so its own error in float64 is taken to be its error in float32, scaled.
         judged = torch.float32 if dtype == torch.float64 else dtype
-        plain, plain_grads = run(op.reference, sample.to(judged, device, grad=True))
-        rounded = Sample(
-            name,
-            tuple(t.detach().double().requires_grad_() if t.is_floating_point() else t for t in mine.tensors),
-            mine.options,
-        )
-        truth, truth_grads = run(op.reference, rounded)
-        if dtype == torch.float64:
-            exact, exact_grads = run(
-                op.reference, sample.to(torch.float32, device, grad=True).to(torch.float64, grad=True)
-            )
-        else:
-            exact, exact_grads = truth, truth_grads
+        plain, exact = [], []
+        for draw in range(op.draws):
+            near = sample.nearby(draw, judged).to(judged, device, grad=True)
+            plain.append(run(op.reference, near))
+            exact.append(run(op.reference, near.to(torch.float64, device, grad=True)))
+        truth, truth_grads = run(op.reference, mine.to(torch.float64, device, grad=True))
         for i in range(len(truth)):
-            assert got[i].dtype == (torch.float64 if dtype == torch.float64 else plain[i].dtype)
-            assert_close(got[i], truth[i], plain[i], exact[i], f"{op.name} {name} output {i}")
+            assert got[i].dtype == (torch.float64 if dtype == torch.float64 else plain[0][0][i].dtype)
+            results = [p[0][i] for p in plain], [e[0][i] for e in exact]
+            assert_close(got[i], truth[i], *results, f"{op.name} {name} output {i}")
         for i in range(len(truth_grads)):
-            assert_close(got_grads[i], truth_grads[i], plain_grads[i], exact_grads[i], f"{op.name} {name} gradient {i}")
+            results = [p[1][i] for p in plain], [e[1][i] for e in exact]
+            assert_close(got_grads[i], truth_grads[i], *results, f"{op.name} {name} gradient {i}")
 
     @pytest.mark.parametrize("name", [s.name for s in op.small()])
     def test_gradcheck(name: str, device: torch.device) -> None:

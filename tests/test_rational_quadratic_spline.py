@@ -1,15 +1,18 @@
-"""rational_quadratic_spline: the peers in float64, edges, round trips, and what is special to the op."""
+"""rational_quadratic_spline: the battery, the peers in float64, edges, round trips, and what is special to the op."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from check_op import Op, Sample, op_tests
 from torch import Tensor
 
 import pyflowgen
 from pyflowgen import rational_quadratic_spline, rational_quadratic_spline_reference
+from pyflowgen.ops import rational_quadratic_spline as module
 
 CONVENTIONS = ("nflows", "zuko", "torchflows")
 
@@ -26,6 +29,143 @@ def same(got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
 
 def split(params: Tensor, bins: int) -> tuple[Tensor, ...]:
     return params.split((bins, bins, params.shape[-1] - 2 * bins), -1)
+
+
+def samples() -> list[Sample]:
+    result = []
+    add = lambda name, *tensors, **options: result.append(Sample(name, tensors, options))  # noqa: E731
+    for convention, tails, inverse in itertools.product(CONVENTIONS, ("linear", "circular"), (False, True)):
+        options = dict(convention=convention, tails=tails, inverse=inverse)
+        name, more = f"{convention}-{tails}-{'inverse' if inverse else 'forward'}", module._DERIVATIVES[tails == "linear" or 2]
+        add(f"{name}-8", 1.5 * normal(9, 21), normal(9, 21, 24 + more), layout="last", **options)
+        add(f"{name}-5", 1.5 * normal(9, 21), normal(9, 21, 15 + more), layout="last", bound=2.0, **options)
+    for inverse in (False, True):
+        name, x = "inverse" if inverse else "forward", torch.rand(9, 21, dtype=torch.float64) * 0.9 + 0.04
+        add(f"no-tails-{name}", x, normal(9, 21, 13), layout="last", tails=None, bound=(0.0, 1.0), inverse=inverse)
+        add(f"separate-{name}", 2 * normal(9, 21), *split(normal(9, 21, 23), 8), inverse=inverse)
+        add(f"separate-tensors-{name}", 2 * normal(9, 5), normal(9, 5, 8), normal(9, 5, 8, seed=1), normal(9, 5, 7), inverse=inverse)
+        add(f"mixed-tails-{name}", 2 * normal(9, 4), normal(9, 4, 19), layout="last", inverse=inverse,
+            tails=("linear", "circular", "circular", "linear"), bound=torch.tensor([1.0, 2.0, 3.0, 2.5]))  # fmt: skip
+        add(f"image-{name}", 2 * normal(3, 2, 4, 8), normal(3, 46, 4, 8), layout="channels", event_dim=3, inverse=inverse)
+        add(f"part-{name}", 2 * normal(9, 40), normal(9, 20 * 11), layout="channels", part=(1, 2), bins=4, inverse=inverse)
+    for bins in (2, 3, 16, 17, 64):
+        add(f"{bins}-bins", 2 * normal(17, 3), normal(17, 3, 3 * bins - 1), layout="last")
+    add("minima-and-scale", 2 * normal(9, 7), 3 * normal(9, 7, 23), layout="last", min_bin_width=0.02, min_bin_height=0.05,
+        min_derivative=0.1, scale=0.3)  # fmt: skip
+    add("elementwise", 2 * normal(4, 3, 7), normal(4, 3, 7, 23), layout="last", event_dim=0)
+    add("elementwise-separate", 2 * normal(4, 3, 7), *split(normal(4, 3, 7, 23), 8), event_dim=0)
+    add("two-features", 2 * normal(70, 2), normal(70, 23), layout="channels", part=(1, 1), bins=8)
+    add("rows-of-seven", 2 * normal(70, 14), normal(70, 7 * 23), layout="channels", part=(7, 1), bins=8)
+    # Images: lanes along pixels, also where a picture is no multiple of a register or lies channels last.
+    for size, kind in itertools.product((3, 5, 7), ("plain", "channels-last", "last")):
+        x, params = 2 * normal(2, 4, size, size), normal(2, 8 * 3, size, size)
+        if kind == "channels-last":
+            x, params = (t.contiguous(memory_format=torch.channels_last) for t in (x, params))
+        if kind == "last":
+            add(f"image-{size}-{kind}", x, normal(2, 3, size, size, 8), layout="last", event_dim=3, part=(1, 1))
+        else:
+            add(f"image-{size}-{kind}", x, params, layout="channels", event_dim=3, part=(0, 1), bins=3)
+    checkerboard = (torch.arange(6)[:, None] + torch.arange(5)) % 2 == 1
+    add("checkerboard", 2 * normal(3, 2, 6, 5), normal(3, 22, 6, 5), layout="channels", event_dim=3, mask=checkerboard)
+    add("vector-mask", 2 * normal(5, 33), normal(5, 33, 11), layout="last", mask=torch.arange(33) % 3 == 0)
+    # Strides: slices, transposes, expanded parameters, a batch that is no single stride, several batch dimensions.
+    add("every-second", 2 * normal(4, 66)[:, ::2], normal(4, 33, 22)[..., ::2], layout="last")
+    add("transposed", 2 * normal(21, 9).t(), normal(21 * 11, 9).t(), layout="channels")
+    add("batch-of-no-one-stride", 2 * normal(4, 5, 6).transpose(0, 1), normal(5, 4, 66), layout="channels")
+    add("expanded-parameters", 2 * normal(7, 18), normal(18, 23).expand(7, 18, 23), layout="last")
+    add("unconditional", 2 * normal(7, 18), *(t.expand(7, *t.shape) for t in split(normal(18, 23), 8)))
+    add("many-batch-dimensions", 2 * normal(2, 3, 2, 2, 9), normal(2, 3, 2, 2, 9, 11), layout="last")
+    add("no-batch", 2 * normal(9), normal(9, 11), layout="last")
+    add("long-rows", 2 * normal(1, 2, 48, 50), normal(1, 16, 48, 50), layout="channels", event_dim=3)
+    add("long-rows-part", 2 * normal(2, 3, 50, 43), normal(2, 16, 50, 43), layout="channels", event_dim=3, part=(1, 1), bins=3)
+    for batch, features in ((0, 6), (1, 1), (1, 2), (5, 0), (123, 1), (5, 123)):
+        add(f"size-{batch}x{features}", 2 * normal(batch, features), normal(batch, features, 11), layout="last")
+    return result
+
+
+def small() -> list[Sample]:
+    result = []
+    for convention, tails, inverse in itertools.product(CONVENTIONS, ("linear", "circular"), (False, True)):
+        params = normal(3, 2, 11 + (tails == "circular"))
+        options = dict(layout="last", convention=convention, tails=tails, inverse=inverse)
+        result.append(Sample(f"{convention}-{tails}-{inverse}", (2 * normal(3, 2), params), options))
+    options = dict(layout="last", tails=None, bound=(0.0, 1.0), inverse=True)
+    result.append(Sample("no-tails", (torch.rand(2, 2, dtype=torch.float64), normal(2, 2, 7)), options))
+    result.append(Sample("separate", (normal(2, 3), *split(normal(2, 3, 8), 3)), {}))
+    result.append(Sample("part", (normal(2, 5), normal(2, 10)), dict(layout="channels", part=(1, 2), bins=2)))
+    options = dict(layout="last", tails=("linear", "circular"), bound=torch.tensor([1.0, 2.0]))
+    result.append(Sample("mixed-tails", (normal(3, 2), normal(3, 2, 10)), options))
+    mask = dict(layout="channels", event_dim=3, mask=torch.eye(2) > 0)
+    result.append(Sample("mask", (normal(2, 1, 2, 2), normal(2, 5, 2, 2)), mask))
+    return result
+
+
+DEFAULTS = dict(
+    bound=3.0, tails="linear", inverse=False, min_bin_width=None, min_bin_height=None, min_derivative=None,
+    convention="nflows", scale=1.0, event_dim=1, layout=None, bins=None, part=None, mask=None,
+)  # fmt: skip
+
+
+def operator(sample: Sample):
+    options = {**DEFAULTS, **sample.options}
+    tensors = (*sample.tensors, None, None)[:4]
+    return torch.ops.pyflowgen.rational_quadratic_spline.default, module._arguments(*tensors, **options)
+
+
+spline = rational_quadratic_spline
+X, P = torch.zeros(4, 6), torch.zeros(4, 6, 23)
+W, D = torch.zeros(4, 6, 8), torch.zeros(4, 6, 7)
+BAD = [
+    ("packed shape", lambda: spline(X, P[:3], layout="last"), ValueError, r"widths has shape \(3, 6, 23\), expected \(4, 6, 23\)"),
+    ("packed length", lambda: spline(X, P[..., 1:], layout="last"), ValueError, r"expected 3 K-1 parameters an element"),
+    ("circular length", lambda: spline(X, P, layout="last", tails="circular"), ValueError, r"expected 3 K parameters"),
+    ("channels", lambda: spline(X, P[:, 0], layout="channels"), ValueError, r"widths has shape \(4, 23\), expected"),
+    ("heights", lambda: spline(X, W, W[..., 1:], D), ValueError, r"heights has shape \(4, 6, 7\), expected \(4, 6, 8\)"),
+    ("derivatives", lambda: spline(X, W, W, W), ValueError, r"derivatives has shape \(4, 6, 8\), expected \(4, 6, 7\)"),
+    ("no layout", lambda: spline(X, P), ValueError, "packed parameters and their layout"),
+    ("layout and heights", lambda: spline(X, W, W, D, layout="last"), ValueError, "no layout"),
+    ("bins", lambda: spline(X, P, layout="last", bins=7), ValueError, "bins is 7, but widths"),
+    ("too few bins", lambda: spline(X, P[..., :2], layout="last"), ValueError, "bins must be from 2 to 64, got 1"),
+    ("too many bins", lambda: spline(X, torch.zeros(4, 6, 194), layout="last"), ValueError, "bins must be from 2 to 64"),
+    ("dtype", lambda: spline(X, P.double(), layout="last"), ValueError, "widths is torch.float64"),
+    ("integers", lambda: spline(X.long(), P.long(), layout="last"), TypeError, "x must be a floating-point"),
+    ("no tensor", lambda: spline(X, 3.0), TypeError, "must be tensors"),
+    ("convention", lambda: spline(X, P, layout="last", convention="pyro"), ValueError, "convention must be one of"),
+    ("layout", lambda: spline(X, P, layout="first"), ValueError, "layout must be one of"),
+    ("tails", lambda: spline(X, P, layout="last", tails="cubic"), ValueError, "tails must be 'linear'"),
+    ("bound", lambda: spline(X, P, layout="last", bound=-1.0), ValueError, "bound must be positive"),
+    ("bounds of x and y", lambda: spline(X, P, layout="last", bound=(0.0, 1.0, 0.0, 2.0)), ValueError, "only for tails=None"),
+    ("tensor of bounds", lambda: spline(X, P, layout="last", bound=torch.ones(5)), ValueError, r"bound has shape \(5,\), expected \(6,\)"),
+    ("mixed tails", lambda: spline(X, torch.zeros(4, 6, 25), layout="last", tails=("linear",)), ValueError, "tails has 1 entries"),
+    ("outside", lambda: spline(X + 4, torch.zeros(4, 6, 25), layout="last", tails=None), ValueError, "x has 24 elements outside"),
+    ("min_bin_width", lambda: spline(X, P, layout="last", min_bin_width=0.2), ValueError, "min_bin_width is 0.2, too large for 8 bins"),
+    ("min_derivative", lambda: spline(X, P, layout="last", min_derivative=-1.0), ValueError, "must not be negative"),
+    ("scale", lambda: spline(X, P, layout="last", scale=0.0), ValueError, "scale must be positive"),
+    ("event_dim", lambda: spline(X, P, layout="last", event_dim=3), ValueError, "event_dim must be between"),
+    ("part", lambda: spline(X, P, layout="last", part=(4, 1)), ValueError, r"part=\(start=4, step=1\)"),
+    ("part without bins", lambda: spline(X, P[:, 0], layout="channels", part=(4, 1)), ValueError, "bins must be given"),
+    ("part and mask", lambda: spline(X, P[:, :2], layout="last", part=(0, 1), mask=X[0] > 0), ValueError, "exclude"),
+    ("mask shape", lambda: spline(X, P, layout="last", mask=torch.ones(5, dtype=torch.bool)), ValueError, "mask has shape"),
+    ("operator's own check", lambda: torch.ops.pyflowgen.rational_quadratic_spline(*operator(Sample("", (X, P), dict(layout="last")))[1][:7], 9, *operator(Sample("", (X, P), dict(layout="last")))[1][8:]), RuntimeError, "do not have the shape"),
+]  # fmt: skip
+
+globals().update(
+    op_tests(
+        Op(
+            name="rational_quadratic_spline",
+            function=rational_quadratic_spline,
+            reference=rational_quadratic_spline_reference,
+            samples=samples,
+            small=small,
+            operator=operator,
+            resize=lambda batch: Sample(
+                "resize", (2 * normal(batch, 6), normal(batch, 3 * 11)), dict(layout="channels", part=(3, 1), bins=4)
+            ),
+            bad=BAD,
+            draws=5,  # a few elements near the flattest parts make all the error
+        )
+    )
+)
 
 
 # ---------------------------------------------------------------------------------- peers, each in its own convention

@@ -51,17 +51,11 @@ WITHOUT = {
         "kernels/linear.py": "on a GPU torch's own product runs",
     },
     "rational_quadratic_spline": {
-        layer: "not written yet: the reference runs"
+        layer: "not written yet: on a GPU the reference runs"
         for layer in (
-            "csrc/formula/rational_quadratic_spline.h",
-            "csrc/rational_quadratic_spline.h",
-            "csrc/rational_quadratic_spline.cpp",
-            "csrc/cpu/rational_quadratic_spline.cpp",
-            "csrc/cpu/rational_quadratic_spline.simd.cpp",
             "csrc/cuda/rational_quadratic_spline.cu",
             "csrc/cuda/rational_quadratic_spline.cpp",
             "kernels/rational_quadratic_spline.py",
-            "benchmarks/bench_rational_quadratic_spline.py",
         )
     },
 }
