@@ -1,21 +1,32 @@
-"""The command line: train, sample, evaluate, info. A fault of the user's is one line on standard error, exit code 2."""
+"""The command line: train, sample, evaluate, detect, info, bench, gallery.
+
+A fault of the user's is one line on standard error, exit code 2.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import importlib
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import click
 import numpy as np
 import torch
+from torch import Tensor
 
 from pyflowgen import __version__
-from pyflowgen.data import NAMES, DataError
+from pyflowgen import detect as live
+from pyflowgen.data import NAMES, STREAMS, DataError
 from pyflowgen.data.pictures import save_grid
-from pyflowgen.recipes import RECIPES, Run, load_as, load_run, recipe
+from pyflowgen.flow import Flow
+from pyflowgen.models import Detector
+from pyflowgen.recipes import RECIPES, Run, load_run, new_model, recipe
 from pyflowgen.train import (
     CHECKPOINT,
     OPTIMIZERS,
@@ -25,7 +36,6 @@ from pyflowgen.train import (
     Interrupted,
     RunError,
     TrainConfig,
-    bits_per_dim,
     choose_path,
     fit,
     read_config,
@@ -38,20 +48,24 @@ def _end(message: str, code: int) -> NoReturn:
     raise click.exceptions.Exit(code)
 
 
+_BENCH = {"bench": "pyflowgen.benchmarks.run", "gallery": "pyflowgen.benchmarks.gallery"}
+
+
 class _Commands(click.Group):
     """Turns the library's errors into one line and an exit code; anything else is a bug and keeps its traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [*super().list_commands(ctx), "bench"]
+        return [*super().list_commands(ctx), *_BENCH]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name != "bench":
+        if cmd_name not in _BENCH:
             return super().get_command(ctx, cmd_name)
         try:  # only here: the contests need plots and peers that the library does not
-            from pyflowgen.benchmarks.run import bench
+            module = importlib.import_module(_BENCH[cmd_name])
         except ImportError as error:
-            raise RunError(f"bench needs {error.name}: pip install 'pyflowgen[bench]'") from None
-        return bench
+            raise RunError(f"{cmd_name} needs {error.name}: pip install 'pyflowgen[bench]'") from None
+        command: click.Command = getattr(module, cmd_name)
+        return command
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -72,7 +86,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="pyflowgen")
 def main() -> None:
-    """Train, sample and evaluate flows on compiled kernels."""
+    """Train, sample and evaluate flows, and find actions in live streams, on compiled kernels."""
 
 
 def _device(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
@@ -110,8 +124,8 @@ def _pairs(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...
 @click.argument("model", type=click.Choice(list(RECIPES)))
 @click.option(
     "--data",
-    help=f"One of {', '.join(NAMES)}, or a path: folder of images or IDX files, .npy, .npz, .csv, "
-    ".parquet.  [default: digits]",
+    help=f"For flows {', '.join(NAMES)}, or a path: folder of images or IDX files, .npy, .npz, .csv, .parquet; "
+    f"for detectors {', '.join(STREAMS)}, or a folder of videos' features and labels.  [default: digits, watch]",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the run.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out; only the budget and the path may change.")
@@ -161,44 +175,42 @@ def train(
     if resume:
         describe, config = _resumed(out, model, data, form, options, settings)
         about = describe["data"]
-        examples = load_as(about["source"], about["form"])
+        examples = chosen.load(about["source"], about["form"])
         network = (
-            load_run(out, "last").model
-            if (out / CHECKPOINT).exists()
-            else chosen.model.from_config(describe["model_config"])
+            load_run(out, "last").model if (out / CHECKPOINT).exists() else new_model(chosen, describe["model_config"])
         )
-        if (
-            list(examples.event_shape) != about["event_shape"]
-            or [len(examples.train), len(examples.valid), len(examples.test)] != about["sizes"]
-        ):
+        if any(about.get(k) != v for k, v in examples.facts().items()):
             raise RunError(f"{about['source']}: has changed since {out} was begun, which cannot be resumed on it")
     else:
         if (out / CHECKPOINT).exists():
             raise RunError(f"{out}: holds a run already; pass --resume to continue it, or choose another --out")
-        form, source = form or chosen.form, data or "digits"
-        examples = load_as(source, form)
+        form, source = form or chosen.form, data or chosen.default
+        examples = chosen.load(source, form)
         config = chosen.config(examples, **settings)
         torch.manual_seed(config.seed)
         network = chosen.build(examples, **options)
         describe = {"model": model, "model_config": network.config, "data": {"source": _source(source), "form": form}}
-    network, examples = network.to(device), examples.to(device)
-    result = fit(network, examples, config, out=out, resume=resume, progress=progress, describe=describe)
-
-    def say(nats: float) -> str:
-        bits = bits_per_dim(nats, examples)
-        return f"{nats:.3f} nats" + ("" if bits is None else f" = {bits:.4f} bits/dim")
-
+    network, examples, task = network.to(device), examples.to(device), chosen.task()
+    result = fit(network, examples, config, task=task, out=out, resume=resume, progress=progress, describe=describe)
     with choose_path(config.path):
-        nats = evaluate_model(network, examples, examples.test)["nats"]
+        tested = task.test(network, examples)
+        if isinstance(network, Detector):
+            with contextlib.suppress(RunError):  # a picture is worth no failed run
+                _timeline(out / "timeline.png", network, examples, examples.test)
     click.echo(
         f"{model} on {examples.name}: {result.epochs} epochs ({result.steps} steps) in {result.seconds:.1f} s, "
-        f"stopped by {result.stopped}; best validation {say(result.best_valid)} (epoch {result.best_epoch}); "
-        f"test {say(nats)}"
+        f"stopped by {result.stopped}; best validation {task.say(examples, result.best_valid)} "
+        f"(epoch {result.best_epoch}); test {tested}"
     )
 
 
+def _timeline(path: Path, model: Detector, data: Any, streams: Any) -> None:
+    few = streams[:4]
+    live.timeline(path, few, live.stream_scores(model, few), data.classes, data.rate)
+
+
 def _source(data: str) -> str:
-    return data if data in NAMES else str(Path(data).expanduser().resolve())
+    return data if data in (*NAMES, *STREAMS) else str(Path(data).expanduser().resolve())
 
 
 def _resumed(
@@ -241,6 +253,7 @@ _weights = click.option(
 @click.option("--grid", type=click.Path(path_type=Path), help="PNG of the samples.")
 @click.option("--out", type=click.Path(path_type=Path), help=".npy of the samples: levels (uint8) or float32.")
 @click.option("--seed", type=int, default=0)
+@click.option("--temperature", type=click.FloatRange(min=0), default=1.0, help="Of the latents; below 1: more typical.")
 @_weights
 @_common
 def sample(
@@ -249,6 +262,7 @@ def sample(
     grid: Path | None,
     out: Path | None,
     seed: int,
+    temperature: float,
     weights: str,
     path: str | None,
     device: str,
@@ -262,9 +276,11 @@ def sample(
     if threads:
         torch.set_num_threads(threads)
     loaded = load_run(run, weights, device)
+    if not isinstance(loaded.model, Flow):
+        raise RunError(f"{run}: holds a {loaded.config['model']}, which has no samples; expected a flow")
     torch.manual_seed(seed)
     with choose_path(_path_of(loaded, path)):
-        drawn = torch.cat([loaded.model.sample(n).cpu() for n in _chunks(count, 1024)])
+        drawn = torch.cat([loaded.model.sample(n, temperature=temperature).cpu() for n in _chunks(count, 1024)])
     if loaded.levels is not None:
         drawn = (drawn * loaded.levels).floor().nan_to_num(0).clamp(0, loaded.levels - 1).to(torch.uint8)
     shape = loaded.config["data"].get("image_shape")
@@ -287,6 +303,7 @@ def _chunks(total: int, size: int) -> list[int]:
 @click.option("--split", type=click.Choice(["train", "valid", "test"]), default="test")
 @click.option("--draws", type=click.IntRange(min=1), default=8, help="Draws of dequantisation noise.")
 @click.option("--seed", type=int, default=1, help="Of the noise.")
+@click.option("--timeline", type=click.Path(path_type=Path), help="PNG of truth and scores of a few streams.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 @_weights
 @_common
@@ -296,18 +313,32 @@ def evaluate(
     split: str,
     draws: int,
     seed: int,
+    timeline: Path | None,
     as_json: bool,
     weights: str,
     path: str | None,
     device: str,
     threads: int | None,
 ) -> None:
-    """Log-likelihood of data under the model in folder RUN: nats, and bits/dim where the data has levels."""
+    """What the model in folder RUN reaches on data: of a flow the log-likelihood in nats, and bits/dim where the data
+    has levels; of a detector the per-frame mAP and every other measure of online and early detection."""
     if threads:
         torch.set_num_threads(threads)
     loaded = load_run(run, weights, device)
     examples = loaded.data(data).to(device)
     began = time.perf_counter()
+    if isinstance(loaded.model, Detector):
+        streams = getattr(examples, split)
+        with choose_path(_path_of(loaded, path)):
+            found = live.evaluate(loaded.model, examples, streams)
+            if timeline is not None:
+                _timeline(timeline, loaded.model, examples, streams)
+        found = {"model": loaded.config["model"], "data": examples.name, "split": split, **found}
+        found |= {"path": _path_of(loaded, path), "seconds": round(time.perf_counter() - began, 3)}
+        click.echo(json.dumps(found) if as_json else _say_detection(found))
+        return
+    if timeline is not None:
+        raise RunError(f"{run}: holds a {loaded.config['model']}, which has no timeline; expected a detector")
     with choose_path(_path_of(loaded, path)):
         found = evaluate_model(loaded.model, examples, getattr(examples, split), draws=draws, seed=seed)
     found = {"model": loaded.config["model"], "data": examples.name, "split": split, **found}
@@ -322,6 +353,101 @@ def evaluate(
         f"{found['model']} on {found['data']} ({split}, {found['examples']} examples): "
         f"{found['nats']:.3f}{spread} nats{bits}"
     )
+
+
+def _say_detection(found: dict[str, Any]) -> str:
+    def row(name: str, values: Any) -> str:
+        return f"\n  {name:18}" + "  ".join(f"{k} {v:.3f}" for k, v in values.items())
+
+    text = f"{found['model']} on {found['data']} ({found['split']}, {found['streams']} streams, "
+    text += (
+        f"{found['frames']} frames): mAP {found['map']:.4f} (chance {found['chance']:.4f}), mcAP {found['mcap']:.4f}"
+    )
+    text += row("per class", found["per_class"])
+    text += row("starts within", {f"{k:g}": v for k, v in found["point_map"].items()})
+    if "ahead_map" in found:
+        text += row("seconds ahead", {f"{k:g}": v for k, v in found["ahead_map"].items()})
+    if "accuracy_at" in found:
+        text += row("right when seen", {f"{k:.0%}": v for k, v in found["accuracy_at"].items()})
+        text += f"\n  time to detection {found['time_to_detection']:.3f} of an action, at 10 % false alarms"
+    return text
+
+
+@main.command()
+@_run_argument
+@click.argument("stream", type=click.Path(path_type=Path, allow_dash=True))
+@click.option("--format", "form", type=click.Choice(live.FORMATS), help="Of the frames.  [default: by the first bytes]")
+@click.option("--follow", is_flag=True, help="At the end of the file wait for more.")
+@click.option("--idle", type=float, help="With --follow: end after so many seconds without a frame.  [default: never]")
+@click.option("--state", type=click.Path(path_type=Path), help="Keep the state in this file, and go on from it.")
+@click.option("--save-every", type=float, default=5.0, help="Seconds between writes of --state.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines instead of CSV on standard output.")
+@_weights
+@_common
+def detect(
+    run: Path,
+    stream: Path,
+    form: str | None,
+    follow: bool,
+    idle: float | None,
+    state: Path | None,
+    save_every: float,
+    as_json: bool,
+    weights: str,
+    path: str | None,
+    device: str,
+    threads: int | None,
+) -> None:
+    """Score STREAM frame by frame with the detector in folder RUN: a file, or - for standard input.
+
+    A frame is a line of CSV, a JSON array on a line, or a row of a .npy array. Each gives a line with its number, the
+    most probable class and all probabilities. A bad frame is named on standard error and skipped. With --state a
+    restart goes on where the last one ended, bit for bit; in a file behind the frames it has seen. Latencies are told
+    at the end.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    loaded = load_run(run, weights, device)
+    if not isinstance(loaded.model, Detector):
+        raise RunError(f"{run}: holds a {loaded.config['model']}, which finds no actions; expected a detector")
+    model, names = loaded.model, loaded.config["data"]["classes"]
+    piped = str(stream) == "-"
+    before, number, offset = (None, 0, 0)
+    if state is not None and state.exists():
+        before, number, offset = live.load_state(state, model)
+    out = csv.writer(sys.stdout, lineterminator="\n")
+    if not as_json:
+        out.writerow(["frame", "class", *names])
+
+    def show(number: int, probabilities: Tensor) -> None:
+        values = probabilities.tolist()
+        best = names[int(probabilities.argmax())]
+        if as_json:
+            line = {"frame": number, "class": best, "scores": dict(zip(names, values, strict=True))}
+            sys.stdout.write(json.dumps(line) + "\n")
+        else:
+            out.writerow([number, best, *values])
+        sys.stdout.flush()
+
+    def complain(number: int, wrong: str) -> None:
+        click.echo(f"pyflowgen: {'standard input' if piped else stream}: frame {number}: {wrong}; skipped", err=True)
+
+    with contextlib.ExitStack() as stack:
+        source: BinaryIO = sys.stdin.buffer if piped else stack.enter_context(open(stream, "rb"))
+        stack.enter_context(choose_path(_path_of(loaded, path)))
+        reader = live.Reader(
+            source, model.features, form, follow=follow and not piped, idle=idle,
+            offset=0 if piped else offset, number=number, name="standard input" if piped else str(stream),
+        )  # fmt: skip
+        done = live.detect(model, reader, show, complain, state=before, state_file=state, save_every=save_every)
+    click.echo(
+        f"pyflowgen: {done.frames} frames in {done.seconds:.1f} s, {done.bad} bad; a frame took "
+        + ", ".join(f"{1e3 * done.latency.percentile(q):.3g} ms (p{q})" for q in (50, 90, 99))
+        + f", {1e3 * done.latency.largest:.3g} ms at most",
+        err=True,
+    )
+    if done.signum:
+        raise click.exceptions.Exit(128 + done.signum)
 
 
 @main.command()

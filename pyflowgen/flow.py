@@ -33,6 +33,16 @@ def bits_per_dim(log_prob: Tensor, dims: int, levels: int = 1) -> Tensor:
     return (math.log(levels) - log_prob / dims) / math.log(2)
 
 
+def event_size(event_shape: int | Sequence[int]) -> torch.Size:
+    """The shape of one event; an integer stands for that of a vector.
+
+    >>> from pyflowgen.flow import event_size
+    >>> event_size(3), event_size([1, 8, 8])
+    (torch.Size([3]), torch.Size([1, 8, 8]))
+    """
+    return torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+
+
 class LogisticDistribution(Distribution):
     r"""Logistic distribution, :math:`\log p(x) = -z - 2\,\mathrm{softplus}(-z) - \log s` with :math:`z = (x-\mu)/s`.
 
@@ -107,7 +117,7 @@ class _DiagonalBase(nn.Module):
 
     def __init__(self, event_shape: int | Sequence[int], *, learnable: bool = False) -> None:
         super().__init__()
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)
+        self.event_shape = event_size(event_shape)
         self.learnable = learnable
         for name in ("loc", "log_scale"):
             value = torch.zeros(self.event_shape)
@@ -200,7 +210,7 @@ class Flow(nn.Module):
         self.base, self.bijection, self.context_dim = base, bijection, context_dim
         if event_shape is None:
             event_shape = base.event_shape if hasattr(base, "event_shape") else base().event_shape  # type: ignore[assignment]
-        self.event_shape = torch.Size([event_shape] if isinstance(event_shape, int) else event_shape)  # type: ignore[arg-type]
+        self.event_shape = event_size(event_shape)  # type: ignore[arg-type]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Flow:
@@ -213,6 +223,11 @@ class Flow(nn.Module):
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Log-density in nats, of shape `batch`; at least float32."""
+        z, logdet, context = self._with_context(x, context)
+        return self.base(context).log_prob(z) + logdet
+
+    def _with_context(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents, log-determinant, and the context expanded to their batch."""
         n = len(self.event_shape)
         if x.dim() < n or x.shape[x.dim() - n :] != self.event_shape:
             raise ValueError(
@@ -226,16 +241,33 @@ class Flow(nn.Module):
                 x = x.expand(*batch, *self.event_shape)
             context = self._expand_context(context, batch)
         z, logdet = self.bijection(x, context)
-        return self.base(context).log_prob(z) + logdet
+        return z, logdet, context
 
     def rsample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
         """Samples of shape `shape + context batch + event_shape`, with gradients to the parameters and the context."""
         return self._draw(shape, context, differentiable=True)[0]
 
-    def sample(self, shape: int | Sequence[int] = (), context: Tensor | None = None) -> Tensor:
-        """Samples of shape `shape + context batch + event_shape`, without gradients."""
+    def sample(
+        self, shape: int | Sequence[int] = (), context: Tensor | None = None, *, temperature: float = 1.0
+    ) -> Tensor:
+        """Samples of shape `shape + context batch + event_shape`, without gradients.
+
+        `temperature` multiplies the base distribution's distance from its mean: below 1, samples are more typical and
+        less varied.
+        """
+        if not temperature >= 0:
+            raise ValueError(f"{type(self).__name__}.sample: temperature is {temperature}, expected 0 or more")
         with torch.no_grad():
-            return self._draw(shape, context, differentiable=False)[0]
+            return self._draw(shape, context, differentiable=False, temperature=temperature)[0]
+
+    def encode(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The latents z = f(x)."""
+        return self._with_context(x, context)[0]
+
+    def decode(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """The data of latents; what `encode` gave comes back as it was, but for rounding."""
+        x: Tensor = self.bijection.inverse(z, context)[0]
+        return x
 
     def rsample_and_log_prob(
         self, shape: int | Sequence[int] = (), context: Tensor | None = None
@@ -274,7 +306,7 @@ class Flow(nn.Module):
         return context if context.shape == batch + rest else context.expand(batch + rest)
 
     def _draw(
-        self, shape: int | Sequence[int], context: Tensor | None, differentiable: bool
+        self, shape: int | Sequence[int], context: Tensor | None, differentiable: bool, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor, Distribution]:
         if differentiable and self.bijection.stochastic:
             raise NotImplementedError(f"{type(self).__name__}.rsample: samples are integers (Dequantize), use sample")
@@ -285,6 +317,8 @@ class Flow(nn.Module):
         base: Distribution = self.base(context)
         extra = batch[: len(batch) - len(base.batch_shape)]
         z = base.rsample(extra) if differentiable else base.sample(extra)
+        if temperature != 1:
+            z = base.mean + temperature * (z - base.mean)
         x, logdet = self.bijection.inverse(z, context)
         return x, z, logdet, base
 

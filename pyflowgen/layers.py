@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyflowgen.bijection import Bijection, Channelwise, batch_shape, logdet_dtype, sum_event
+from pyflowgen.ops.affine_coupling import affine_coupling
+from pyflowgen.ops.invertible_linear import Factor, Invertible1x1Conv, invertible_linear, invertible_linear_head
 
 
 def _zero_logdet(x: Tensor, event_dim: int, owner: object) -> Tensor:
@@ -446,6 +448,92 @@ class Dequantize(Bijection):
         return f"levels={self.levels}, event_dim={self.event_dim}"
 
 
+class GlowStep(Bijection):
+    r"""One step of Glow: `ActNorm`, an invertible 1×1 convolution, and a coupling of the channels' halves.
+
+    .. math:: v_p = W\,(e^{s} \odot x_p + b), \qquad y_1 = v_1, \qquad
+              y_2 = (v_2 + t(v_1)) \odot \sigma(h(v_1) + 2)
+
+    Args:
+        features: number of channels C of images `(..., C, H, W)`, at least 2.
+        conditioner: module giving t and h interleaved on the channels, 2·⌊C/2⌋ of them, from the first ⌈C/2⌉ channels,
+            and from the context when there is one; the ⌊C/2⌋ channels of t alone for an additive coupling.
+        additive: couple by :math:`y_2 = v_2 + t(v_1)`.
+        factor: parametrisation of W, `"lu"` or `"dense"`, see `InvertibleLinear`.
+        generator: of W's initial rotation.
+
+    Normalisation and convolution are one pass, forward and backward; the coupling is another. Its layers `actnorm`,
+    `conv` and `conditioner` hold the parameters.
+
+    Reference: Kingma and Dhariwal, *Glow: Generative Flow with Invertible 1×1 Convolutions*, 2018, section 3.
+
+    >>> import torch
+    >>> from pyflowgen.layers import GlowStep
+    >>> step = GlowStep(4, torch.nn.Conv2d(2, 4, 3, padding=1))
+    >>> x = torch.randn(8, 4, 6, 6)
+    >>> y, logdet = step(x)
+    >>> torch.allclose(step.inverse(y)[0], x, atol=1e-5), logdet.shape
+    (True, torch.Size([8]))
+    """
+
+    def __init__(
+        self,
+        features: int,
+        conditioner: nn.Module,
+        *,
+        additive: bool = False,
+        factor: Factor = "lu",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if features < 2:
+            raise ValueError(f"GlowStep: features is {features}, expected at least 2 channels to couple")
+        self.features, self.additive, self.kept = features, additive, features - features // 2
+        self.actnorm = ActNorm(features, event_dim=3)
+        self.conv = Invertible1x1Conv(features, factor=factor, generator=generator)
+        self.conditioner = conditioner
+
+    def _couple(self, v: Tensor, same: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        params = self.conditioner(same) if context is None else self.conditioner(same, context)
+        if v.is_contiguous():  # two formats in one pass take longer than a copy
+            params = params.contiguous()
+        part = (self.kept, 1)
+        if self.additive:
+            return affine_coupling(v, params, event_dim=3, part=part, inverse=inverse)
+        return affine_coupling(
+            v, params, scale="sigmoid", order="shift_scale", event_dim=3, layout="interleaved", part=part,
+            inverse=inverse,
+        )  # fmt: skip
+
+    def _check(self, x: Tensor) -> None:
+        batch_shape(x, 3, self)
+        if x.shape[-3] != self.features:
+            raise ValueError(f"GlowStep: x has shape {tuple(x.shape)}, expected (..., {self.features}, H, W)")
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(x)
+        norm, conv = self.actnorm, self.conv
+        norm._maybe_init(x)
+        v, logdet, same = invertible_linear_head(
+            x, conv.weight, norm.log_scale, norm.shift, conv.permutation, conv.sign, self.kept, False, 3
+        )
+        y, coupled = self._couple(v, same, context, inverse=False)
+        return y, logdet if self.additive else logdet + coupled
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._check(y)
+        norm, conv = self.actnorm, self.conv
+        v, coupled = self._couple(y, y.narrow(-3, 0, self.kept), context, inverse=True)
+        x, logdet = invertible_linear(
+            v, conv.weight, norm.log_scale, norm.shift, permutation=conv.permutation, sign=conv.sign, inverse=True,
+            event_dim=3,
+        )  # fmt: skip
+        return x, logdet if self.additive else logdet + coupled
+
+    def extra_repr(self) -> str:
+        return f"{self.features}, additive={self.additive}"
+
+
 class MultiScale(Bijection):
     r"""Multi-scale architecture: after each stage but the last, half of the channels leave as latents.
 
@@ -454,10 +542,16 @@ class MultiScale(Bijection):
     Args:
         stages: the bijections :math:`f_k` on `(..., C, H, W)`; all but the last must give an even number of channels.
         event_shape: `(C, H, W)` of the data.
+        priors: a module for each stage, or none. Called with the half that goes on, :math:`h^{(k)}` (the last with its
+            own stage's output, of which it may use the shape alone), and the context, it gives the mean and
+            log-standard deviation of the half that leaves, interleaved on the channels. What leaves is then
+            :math:`(z^{(k)} - \mu)\,e^{-\log\sigma}`: the latents of a normal prior learned for each scale are standard
+            normal.
 
     `forward` gives flat latents `(..., C·H·W)`, those factored out first in front; `inverse` takes them.
 
-    Reference: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017, section 3.6.
+    References: Dinh, Sohl-Dickstein and Bengio, *Density estimation using Real NVP*, 2017, section 3.6; Kingma and
+    Dhariwal, *Glow*, 2018, for the priors.
 
     >>> import torch
     >>> from pyflowgen.layers import MultiScale, Squeeze
@@ -468,11 +562,15 @@ class MultiScale(Bijection):
     (torch.Size([3, 16]), torch.Size([3]), True)
     """
 
-    def __init__(self, stages: Sequence[Bijection], event_shape: Sequence[int]) -> None:
+    def __init__(
+        self, stages: Sequence[Bijection], event_shape: Sequence[int], priors: Sequence[nn.Module] = ()
+    ) -> None:
         super().__init__()
         if not stages:
             raise ValueError("MultiScale: stages is empty, expected at least one")
-        self.stages = nn.ModuleList(stages)
+        if len(priors) not in (0, len(stages)):
+            raise ValueError(f"MultiScale: {len(priors)} priors, expected none or one for each of {len(stages)} stages")
+        self.stages, self.priors = nn.ModuleList(stages), nn.ModuleList(priors)
         self.event_shape = _shape(event_shape)
         shape: tuple[int, ...] = self.event_shape
         if len(shape) != 3:
@@ -501,11 +599,21 @@ class MultiScale(Bijection):
         for i, stage in enumerate(self.stages):
             x, logdet = stage(x, context)
             total = logdet if total is None else total + logdet
-            if i < len(self.stages) - 1:
-                z, x = x.chunk(2, -3)
-                latents.append(z.flatten(-3))
+            z, x = x.chunk(2, -3) if i < len(self.stages) - 1 else (x, x)
+            z, logdet = self._standardise(i, z, x, context, inverse=False)
+            total = total if logdet is None else total + logdet
+            latents.append(z.flatten(-3))
         assert total is not None
-        return torch.cat([*latents, x.flatten(-3)], -1), total
+        return torch.cat(latents, -1), total
+
+    def _standardise(
+        self, i: int, z: Tensor, x: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Latents of stage `i` under its prior to standard normal ones, or back; the log-determinant, None for 0."""
+        if not self.priors:
+            return z, None
+        params = self.priors[i](x) if context is None else self.priors[i](x, context)
+        return affine_coupling(z, params, layout="interleaved", event_dim=3, inverse=not inverse)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         batch = batch_shape(y, 1, self)
@@ -515,10 +623,12 @@ class MultiScale(Bijection):
         x = latents[-1]
         total: Tensor | None = None
         for i in range(len(self.stages) - 1, -1, -1):
-            if i < len(self.stages) - 1:
-                x = torch.cat([latents[i], x], -3)
+            z, first = self._standardise(i, latents[i], x, context, inverse=True)
+            x = torch.cat([z, x], -3) if i < len(self.stages) - 1 else z
             x, logdet = self.stages[i].inverse(x, context)  # type: ignore[operator]
-            total = logdet if total is None else total + logdet
+            for part in (first, logdet):
+                if part is not None:
+                    total = part if total is None else total + part
         assert total is not None
         return x, total.expand(batch)
 

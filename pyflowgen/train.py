@@ -1,12 +1,13 @@
-"""One training loop for every model with ``log_prob``: it survives Ctrl-C and kill, and resumes bit for bit.
+"""One training loop for every model: it survives Ctrl-C and kill, and resumes bit for bit.
 
 A run is a folder::
 
     config.json              what was asked for: model, data, :class:`TrainConfig`
     checkpoint.safetensors   model, optimiser and random-number state; where the loop stands is in its metadata
-    best.safetensors         the weights with the best validation likelihood
-    metrics.jsonl            one line an epoch: step, seconds, train and valid log-likelihood
+    best.safetensors         the weights with the best validation score
+    metrics.jsonl            one line an epoch: step, seconds, and what the task measures, e.g. log-likelihoods
 
+What is optimised and how it is judged is a :class:`Task`; :class:`Likelihood` unless said otherwise.
 Every file is written beside its place and renamed, so a reader finds the old state or the new one, never half of it.
 """
 
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,7 +70,7 @@ class TrainConfig:
     schedule: str = "cosine"
     warmup: int = 0  # steps of linear rise to lr
     clip: float | None = 10.0  # largest norm of the whole gradient
-    patience: int | None = None  # epochs without a better validation likelihood
+    patience: int | None = None  # epochs without a better validation score
     ema: float | None = None  # decay of the averaged weights that are then validated and kept
     seed: int = 0
     path: str = "fused"
@@ -123,9 +124,47 @@ class _State:
     stopped: str | None = None
 
 
+class Task(Protocol):
+    """What :func:`fit` asks of a kind of training: the examples, their loss, and a score, of which more is better.
+
+    ``data`` is whatever the task was made for; it has ``facts()``, which go into the run's ``config.json``.
+    """
+
+    def check(self, model: nn.Module, data: Any) -> None:
+        """Raise for a model or data that cannot be trained."""
+
+    def device(self, data: Any) -> torch.device:
+        """Where the examples are."""
+
+    def count(self, model: nn.Module, data: Any) -> int:
+        """Examples an epoch has."""
+
+    def initialise(self, model: nn.Module, data: Any, index: Tensor, generator: torch.Generator) -> None:
+        """Before the first step, without gradient: the examples of ``index`` for layers initialised from data."""
+
+    def loss(self, model: nn.Module, data: Any, index: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean loss of the examples ``index``; all randomness but that of layers comes from ``generator``."""
+
+    def score(self, model: nn.Module, data: Any) -> float:
+        """The model's score on the validation data."""
+
+    def entries(self, data: Any, loss: float, score: float) -> dict[str, float | None]:
+        """What a line of ``metrics.jsonl`` says of an epoch's mean training loss and its score."""
+
+    def say(self, data: Any, score: float) -> str:
+        """A score with its unit."""
+
+    def say_loss(self, data: Any, loss: float) -> str:
+        """A training loss with its unit."""
+
+    def test(self, model: nn.Module, data: Any) -> str:
+        """What the model reaches on the test data, in words."""
+
+
 @dataclass(frozen=True)
 class Result:
-    """What :func:`fit` did. Likelihoods are mean nats an example; ``stopped`` is "epochs", "time" or "patience"."""
+    """What :func:`fit` did. ``best_valid`` is the task's score, mean nats an example for a likelihood; ``stopped`` is
+    "epochs", "time" or "patience"."""
 
     steps: int
     epochs: int
@@ -169,6 +208,54 @@ def log_likelihood(
         model.train(was_training)
 
 
+class Likelihood:
+    """Maximise the mean ``model.log_prob(x)``; the score is the mean in nats."""
+
+    def check(self, model: nn.Module, data: Dataset) -> None:
+        if not callable(getattr(model, "log_prob", None)):
+            raise TypeError(
+                f"fit: model is a {type(model).__name__} without log_prob, expected a module with log_prob(x)"
+            )
+        for part in ("train", "valid"):
+            examples = getattr(data, part)
+            if not len(examples) or (examples.is_floating_point() and not bool(examples.isfinite().all())):
+                what = "NaN or infinite values in it" if len(examples) else "no examples"
+                raise DataError(f"{data.name}: {part} of shape {tuple(examples.shape)} has {what}")
+
+    def device(self, data: Dataset) -> torch.device:
+        return data.train.device
+
+    def count(self, model: nn.Module, data: Dataset) -> int:
+        return len(data.train)
+
+    def initialise(self, model: nn.Module, data: Dataset, index: Tensor, generator: torch.Generator) -> None:
+        self.loss(model, data, index, generator)
+
+    def loss(self, model: nn.Module, data: Dataset, index: Tensor, generator: torch.Generator) -> Tensor:
+        return -cast(Any, model).log_prob(data.dequantize(data.train[index], generator)).mean()
+
+    def score(self, model: nn.Module, data: Dataset) -> float:
+        return float(log_likelihood(model, data, data.valid).mean())
+
+    def entries(self, data: Dataset, loss: float, score: float) -> dict[str, float | None]:
+        line: dict[str, float | None] = {"train_nats": -loss, "valid_nats": score}
+        if data.levels is not None:
+            line |= {"train_bits_per_dim": bits_per_dim(-loss, data), "valid_bits_per_dim": bits_per_dim(score, data)}
+        return line
+
+    def say(self, data: Dataset, score: float) -> str:
+        bits = bits_per_dim(score, data)
+        return f"{score:.3f} nats" if bits is None else f"{bits:.3f} bits/dim"
+
+    def say_loss(self, data: Dataset, loss: float) -> str:
+        return self.say(data, -loss)
+
+    def test(self, model: nn.Module, data: Dataset) -> str:
+        found = evaluate(model, data, data.test)
+        bits = found["bits_per_dim"]
+        return f"{found['nats']:.3f} nats" + ("" if bits is None else f" = {bits:.4f} bits/dim")
+
+
 def evaluate(model: nn.Module, data: Dataset, examples: Tensor, *, draws: int = 8, seed: int = 1) -> dict[str, Any]:
     """Mean log-likelihood in nats, its standard error over examples, and bits/dim where the data has levels."""
     values = log_likelihood(model, data, examples, draws=draws, seed=seed)
@@ -194,9 +281,10 @@ def choose_path(path: str) -> contextlib.AbstractContextManager[Any]:
 
 def fit(
     model: nn.Module,
-    data: Dataset,
+    data: Any,
     config: TrainConfig | None = None,
     *,
+    task: Task | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     progress: bool = False,
@@ -207,11 +295,12 @@ def fit(
     Args:
         model: any module with ``log_prob(x) -> (batch,)``, on the data's device. One call without gradient on
             ``config.init_examples`` examples precedes the first step, for layers initialised from data.
-        data: tensors are taken whole; batches are drawn by index, new dequantisation noise at every step.
+        data: a :class:`Dataset`; batches are drawn by index, new dequantisation noise at every step.
         config: see :class:`TrainConfig`.
+        task: another loss and score than :class:`Likelihood`, with the model and data that it asks for.
         out: the run's folder; without one nothing is written. A folder that holds a run needs ``resume=True``, which
             continues bit for bit where the last checkpoint stands (the global random state is left as it was).
-        progress: a bar on standard error with live bits/dim (nats for continuous data).
+        progress: a bar on standard error with live bits/dim (nats for continuous data), or what the task measures.
         describe: further entries of the run's ``config.json``.
 
     Raises:
@@ -231,23 +320,14 @@ def fit(
     >>> result.steps, result.stopped
     (16, 'epochs')
     """
-    config = config or TrainConfig()
-    _check(model, data)
-    return _Loop(model, data, config, None if out is None else Path(out), resume, dict(describe or {})).run(progress)
-
-
-def _check(model: nn.Module, data: Dataset) -> None:
-    if not callable(getattr(model, "log_prob", None)):
-        raise TypeError(f"fit: model is a {type(model).__name__} without log_prob, expected a module with log_prob(x)")
+    config, task = config or TrainConfig(), task or Likelihood()
+    task.check(model, data)
     devices = {p.device for p in model.parameters() if p.requires_grad}
-    if devices != {data.train.device}:
+    if devices != {task.device(data)}:
         found = ", ".join(map(str, devices)) or "none"
-        raise ValueError(f"fit: trainable parameters are on {found}, expected them on the data's {data.train.device}")
-    for part in ("train", "valid"):
-        examples = getattr(data, part)
-        if not len(examples) or (examples.is_floating_point() and not bool(examples.isfinite().all())):
-            what = "NaN or infinite values in it" if len(examples) else "no examples"
-            raise DataError(f"{data.name}: {part} of shape {tuple(examples.shape)} has {what}")
+        raise ValueError(f"fit: trainable parameters are on {found}, expected them on the data's {task.device(data)}")
+    where = None if out is None else Path(out)
+    return _Loop(model, data, config, task, where, resume, dict(describe or {})).run(progress)
 
 
 class _Loop:
@@ -256,14 +336,15 @@ class _Loop:
     def __init__(
         self,
         model: nn.Module,
-        data: Dataset,
+        data: Any,
         config: TrainConfig,
+        task: Task,
         out: Path | None,
         resume: bool,
         describe: dict[str, Any],
     ) -> None:
-        self.model, self.data, self.config, self.out = model, data, config, out
-        self.device = data.train.device
+        self.model, self.data, self.config, self.task, self.out = model, data, config, task, out
+        self.device, self.examples = task.device(data), task.count(model, data)
         self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = _optimizer(config, self.parameters)
         self.order_rng = torch.Generator().manual_seed(config.seed)
@@ -280,7 +361,7 @@ class _Loop:
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.data.train) // self.config.batch)
+        return -(-self.examples // self.config.batch)
 
     def run(self, progress: bool) -> Result:
         devices = [self.device] if self.device.type == "cuda" else []
@@ -325,9 +406,9 @@ class _Loop:
                     self._validate(bar)
                 return
             if state.position == 0:
-                self.order = torch.randperm(len(self.data.train), generator=self.order_rng)
+                self.order = torch.randperm(self.examples, generator=self.order_rng)
             index = self.order[state.position : state.position + config.batch].to(self.device)
-            self._step(self.data.train[index], bar)
+            self._step(index, bar)
             state.position += len(index)
             if state.position >= len(self.order):
                 state.epoch += 1
@@ -350,12 +431,12 @@ class _Loop:
             return "patience"
         return None
 
-    def _step(self, levels: Tensor, bar: Any) -> None:
+    def _step(self, index: Tensor, bar: Any) -> None:
         state, config = self.state, self.config
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = -cast(Any, self.model).log_prob(self.data.dequantize(levels, self.noise_rng)).mean()
+        loss = self.task.loss(self.model, self.data, index, self.noise_rng)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf)
         value, size = float(loss.detach()), float(norm)
@@ -367,11 +448,12 @@ class _Loop:
             decay = min(config.ema, (1 + state.step) / (10 + state.step))
             torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
         state.step += 1
-        state.loss_sum += value * len(levels)
+        state.loss_sum += value * len(index)
         if not bar.disable:
-            shown = {"train": self._unit(-state.loss_sum / (state.position + len(levels)))}
+            task, data = self.task, self.data
+            shown = {"train": task.say_loss(data, state.loss_sum / (state.position + len(index)))}
             if state.valid is not None and state.best_valid is not None:
-                shown |= {"valid": self._unit(state.valid), "best": self._unit(state.best_valid)}
+                shown |= {"valid": task.say(data, state.valid), "best": task.say(data, state.best_valid)}
             bar.set_postfix(shown, refresh=False)
         bar.update(1)
 
@@ -386,10 +468,6 @@ class _Loop:
             done = max(done, self.state.seconds / config.time_limit)
         return config.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
-    def _unit(self, nats: float) -> str:
-        bits = bits_per_dim(nats, self.data)
-        return f"{nats:.3f} nats" if bits is None else f"{bits:.3f} bits/dim"
-
     def _diverged(self, what: str) -> str:
         state = self.state
         kept = f"; the last good checkpoint is {self.out / CHECKPOINT}" if self.out else ""
@@ -401,33 +479,30 @@ class _Loop:
     @torch.no_grad()
     def _initialise(self) -> None:
         self.model.train()
-        chosen = torch.randperm(len(self.data.train), generator=self.order_rng)[: self.config.init_examples]
-        cast(Any, self.model).log_prob(self.data.dequantize(self.data.train[chosen.to(self.device)], self.noise_rng))
+        chosen = torch.randperm(self.examples, generator=self.order_rng)[: self.config.init_examples]
+        self.task.initialise(self.model, self.data, chosen.to(self.device), self.noise_rng)
         if self.config.ema:
             self.average = [p.detach().clone() for p in self.parameters]
 
     def _validate(self, bar: Any) -> None:
         state = self.state
         with self._averaged():
-            state.valid = float(log_likelihood(self.model, self.data, self.data.valid).mean())
+            state.valid = self.task.score(self.model, self.data)
             if not math.isfinite(state.valid):
-                raise Diverged(self._diverged("validation likelihood"))
+                raise Diverged(self._diverged("validation score"))
             if state.best_valid is None or state.valid > state.best_valid:
                 state.best_valid, state.best_epoch = state.valid, state.epoch
                 self.best, self.best_written = _tensors(self.model), False
         state.seconds = self.before + time.perf_counter() - self.began
         if self.out is not None:
-            train = -state.loss_sum / max(1, min(state.position, len(self.data.train)))
+            train = state.loss_sum / max(1, min(state.position, self.examples))
             line: dict[str, Any] = {
                 "step": state.step,
                 "epoch": state.epoch,
                 "seconds": round(state.seconds, 4),
                 "lr": self._lr(),
             }
-            line |= {"train_nats": train, "valid_nats": state.valid}
-            if self.data.levels is not None:
-                line |= {"train_bits_per_dim": bits_per_dim(train, self.data)}
-                line |= {"valid_bits_per_dim": bits_per_dim(state.valid, self.data)}
+            line |= self.task.entries(self.data, train, state.valid)
             with open(self.out / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -480,13 +555,7 @@ class _Loop:
             raise RunError(f"{out}: holds a run already; resume it, or choose another folder")
         try:
             out.mkdir(parents=True, exist_ok=True)
-            sizes = [len(t) for t in (self.data.train, self.data.valid, self.data.test)]
-            facts: dict[str, Any] = {
-                "name": self.data.name,
-                "levels": self.data.levels,
-                "event_shape": self.data.event_shape,
-            }
-            facts |= {"image_shape": self.data.image_shape, "sizes": sizes}
+            facts = self.data.facts()
             if resume and (out / CONFIG).exists():
                 describe = {**read_config(out), **describe}
             write_json(
@@ -498,7 +567,7 @@ class _Loop:
     def _save(self) -> None:
         assert self.out is not None
         if not self.best_written:
-            write_tensors(self.out / BEST, self.best, {"valid_nats": repr(self.state.best_valid)})
+            write_tensors(self.out / BEST, self.best, {"valid": repr(self.state.best_valid)})
             self.best_written = True
         tensors = {f"model.{k}": v for k, v in _tensors(self.model).items()}
         for i, entry in self.optimizer.state_dict()["state"].items():

@@ -85,6 +85,9 @@ class Op:
     resize: Callable[[int], Sample]  # the same call for several batch sizes, for dynamic shapes
     bad: list[tuple[str, Callable[[], Any], type[Exception], str]] = field(default_factory=list)
     dtypes: tuple[torch.dtype, ...] = DTYPES
+    # Roundings a gradient may err by besides, in float32 and float64: more than 1 where it is a sum over all of x that
+    # the reference forms in another order, which of the two cancels better being luck.
+    sum_roundings: int = 1
     draws: int = 1  # how many inputs, some roundings apart, the reference's own error is the largest of
 
 
@@ -121,9 +124,15 @@ def run(function: Callable[..., Any], sample: Sample, grads: bool = True) -> tup
 
 
 def assert_close(
-    got: Tensor | None, truth: Tensor | None, plain: list[Tensor | None], exact: list[Tensor | None], what: str
+    got: Tensor | None,
+    truth: Tensor | None,
+    plain: list[Tensor | None],
+    exact: list[Tensor | None],
+    what: str,
+    slack: int = 1,
 ) -> None:
-    """Error of `got` against `truth` at most twice the largest of `plain`, the reference's results, against `exact`.
+    """Error of `got` against `truth` at most twice the largest of `plain`, the reference's results, against `exact`, and
+    `slack` roundings.
 
     Both errors in units of their dtype's rounding: for 64 bits the reference is judged in 32.
     """
@@ -146,7 +155,7 @@ def assert_close(
         return (off.max() / size.max()).item() / rounding, (off / size).median().item() / rounding
 
     # Where the truth is in the tested dtype, it errs once more itself.
-    times, roundings = (3, 2) if got.dtype == truth.dtype == torch.float64 else (2, 1)
+    times, roundings = (3, 2 * slack) if got.dtype == truth.dtype == torch.float64 else (2, slack)
     plain_errors = [errors(p, e) for p, e in zip(plain, exact, strict=True) if p is not None and e is not None]
     assert plain_errors, f"{what}: missing"
     theirs = (max(e[i] for e in plain_errors) for i in (0, 1))
@@ -184,8 +193,9 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
             results = [p[0][i] for p in plain], [e[0][i] for e in exact]
             assert_close(got[i], truth[i], *results, f"{op.name} {name} output {i}")
         for i in range(len(truth_grads)):
+            slack = op.sum_roundings if dtype in (torch.float32, torch.float64) else 1
             results = [p[1][i] for p in plain], [e[1][i] for e in exact]
-            assert_close(got_grads[i], truth_grads[i], *results, f"{op.name} {name} gradient {i}")
+            assert_close(got_grads[i], truth_grads[i], *results, f"{op.name} {name} gradient {i}", slack)
 
     @pytest.mark.parametrize("name", [s.name for s in op.small()])
     def test_gradcheck(name: str, device: torch.device) -> None:
@@ -231,7 +241,8 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             run(op.function, sample)
         seen = {event.key for event in profile.key_averages()}
-        assert {f"pyflowgen::{op.name}", f"pyflowgen::{op.name}_backward"} <= seen
+        forward = {f"pyflowgen::{op.name}", f"pyflowgen::{op.name}_keep"}  # the latter keeps what the backward needs
+        assert seen & forward and f"pyflowgen::{op.name}_backward" in seen
         with (
             pyflowgen.reference_path(),
             torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,

@@ -14,9 +14,13 @@ from torch import nn
 
 import pyflowgen
 from pyflowgen.bijection import Bijection, Chain, Inverse, sum_event
-from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Scale, Squeeze
-from pyflowgen.nets import MLP, ConvResNet
+from pyflowgen.layers import ActNorm, Dequantize, GlowStep, Logit, MultiScale, Permutation, Scale, Squeeze
+from pyflowgen.linear_flows import Householder, MatrixExponential
+from pyflowgen.low_rank_flows import Planar, Radial, Sylvester
+from pyflowgen.nets import MLP, ConvNet, ConvResNet, NormalPrior
 from pyflowgen.ops.affine_coupling import AdditiveCoupling, AffineCoupling
+from pyflowgen.ops.invertible_linear import Invertible1x1Conv, InvertibleLinear
+from pyflowgen.residual_flow import LipschitzMLP, ResidualFlow
 
 
 def randomise(module: nn.Module, spread: float = 0.4) -> nn.Module:
@@ -59,12 +63,26 @@ def multi_scale() -> MultiScale:
     return MultiScale([first, ActNorm(2, event_dim=3, init=False)], (1, 4, 4))
 
 
+def glow_step(features: int, additive: bool, factor: str) -> GlowStep:
+    net = ConvNet(features - features // 2, 4, features // 2 * (1 if additive else 2))
+    step = GlowStep(features, net, additive=additive, factor=factor)  # type: ignore[arg-type]
+    step.actnorm = ActNorm(features, event_dim=3, init=False)
+    return step
+
+
+def multi_scale_with_priors() -> MultiScale:
+    return MultiScale([Squeeze(), Squeeze()], (1, 4, 4), [NormalPrior(2, 2), NormalPrior(8)])
+
+
 BIJECTIONS = {
     "permutation": (lambda: Permutation.random(5, seed=0), (5,)),
     "permutation_channels": (lambda: Permutation.random(3, seed=0, dim=-3), (3, 2, 2)),
     "actnorm": (lambda: ActNorm(4, init=False), (4,)),
     "actnorm_image": (lambda: ActNorm(2, event_dim=3, init=False), (2, 3, 2)),
     "actnorm_sequence": (lambda: ActNorm(2, event_dim=2, init=False), (2, 5)),
+    "invertible_linear": (lambda: InvertibleLinear(4), (4,)),
+    "invertible_linear_dense": (lambda: InvertibleLinear(3, event_dim=2, factor="dense"), (3, 2)),
+    "invertible_1x1_conv": (lambda: Invertible1x1Conv(4), (4, 3, 2)),
     "scale": (lambda: Scale((2, 3), init=False), (2, 3)),
     "squeeze": (Squeeze, (2, 4, 2)),
     "logit": (lambda: Logit(0.05), (4,)),
@@ -73,6 +91,20 @@ BIJECTIONS = {
     "chain": (vector_chain, (6,)),
     "chain_image": (image_chain, (2, 2, 2)),
     "multi_scale": (multi_scale, (1, 4, 4)),
+    "householder": (lambda: Householder(5, 3), (5,)),
+    "matrix_exponential": (lambda: MatrixExponential(4), (4,)),
+    "matrix_exponential_image": (lambda: MatrixExponential(3, event_dim=3), (3, 2, 4)),
+    "rotation": (lambda: MatrixExponential(4, skew=True), (4,)),
+    "planar": (lambda: Planar(4), (4,)),
+    "radial": (lambda: Radial(4), (4,)),
+    "sylvester": (lambda: Sylvester(5, 3), (5,)),
+    "sylvester_householder": (lambda: Sylvester(4, frame="householder"), (4,)),
+    "sylvester_triangular": (lambda: Sylvester(4, frame="triangular", flip=True), (4,)),
+    "residual_flow": (lambda: ResidualFlow(LipschitzMLP(4, [8], lipschitz=0.6)).eval(), (4,)),
+    "multi_scale_with_priors": (multi_scale_with_priors, (1, 4, 4)),
+    "glow_step": (lambda: glow_step(4, False, "lu"), (4, 2, 3)),
+    "glow_step_odd": (lambda: glow_step(5, False, "dense"), (5, 2, 2)),
+    "glow_step_additive": (lambda: glow_step(3, True, "lu"), (3, 2, 2)),
 }
 
 
@@ -168,7 +200,10 @@ def test_state_dict_and_deepcopy_give_the_same_map(name):
         torch.testing.assert_close(other(x), f(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["chain", "chain_image", "multi_scale", "logit"])
+@pytest.mark.parametrize(
+    "name",
+    ["chain", "chain_image", "multi_scale", "logit", "householder", "planar", "radial", "sylvester", "residual_flow"],
+)
 def test_gradients_of_both_outputs(name):
     f, event = make(name)
     x = data(2, *event).requires_grad_()
@@ -231,7 +266,9 @@ def test_wrong_use_is_refused_in_words():
             method(torch.zeros(1))
 
 
-@pytest.mark.parametrize("module", ["bijection", "layers", "nets", "flow", "models.nice", "models.realnvp"])
+@pytest.mark.parametrize(
+    "module", ["bijection", "layers", "nets", "flow", "models.nice", "models.realnvp", "models.glow"]
+)
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(f"pyflowgen.{module}"))
     assert result.attempted > 0 and result.failed == 0
@@ -240,7 +277,11 @@ def test_docstring_examples(module):
 def test_every_layer_is_under_test():
     import pyflowgen.layers as layers
 
-    known = {n for n, c in vars(layers).items() if isinstance(c, type) and issubclass(c, Bijection) and n[0] != "_"}
-    assert known - {"Bijection"} == {
-        c.__name__ for c in (ActNorm, Dequantize, Logit, MultiScale, Permutation, Scale, Squeeze)
+    known = {
+        n
+        for n, c in vars(layers).items()
+        if isinstance(c, type) and issubclass(c, Bijection) and n[0] != "_" and c.__module__ == layers.__name__
+    }
+    assert known == {
+        c.__name__ for c in (ActNorm, Dequantize, GlowStep, Logit, MultiScale, Permutation, Scale, Squeeze)
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -19,8 +20,7 @@ HERE = ROOT / "tests" / "cuda_on_cpu"
 sys.path.insert(0, str(HERE))
 import build  # noqa: E402
 
-KERNELS = build.CSRC / "cuda" / "affine_coupling.cu"
-DRIVER = HERE / "affine_coupling_driver.cpp"
+OPS = ("affine_coupling", "slogdet")
 FLOAT_ONLY = ["-DPYFLOWGEN_FLOAT_ONLY"]
 
 pytestmark = pytest.mark.skipif(
@@ -53,66 +53,84 @@ def test_features(folder):
     assert code == 0, output
 
 
-def test_affine_coupling(folder):
+@pytest.mark.parametrize("op", OPS)
+def test_launchers(folder, op):
     library = build.library(folder / "library")
     environment = {**os.environ, "PYFLOWGEN_LIBRARY": str(library), "OMP_WAIT_POLICY": "passive"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "run_affine_coupling.py")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / f"run_{op}.py")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
 
+def sources(op: str) -> list[Path]:
+    return [HERE / f"{op}_driver.cpp", build.CSRC / "cuda" / f"{op}.cu"]
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("sanitizer,defines", (("address", []), ("thread", FLOAT_ONLY)))
-def test_sanitizers_find_nothing(folder, sanitizer, defines):
-    program = build.program(folder / sanitizer, [DRIVER, KERNELS], sanitizer, defines)
+def test_sanitizers_find_nothing(folder, sanitizer, defines, op):
+    program = build.program(folder / sanitizer / op, sources(op), sanitizer, defines, folder / sanitizer)
     code, output = execute(program)
     assert code == 0 and "ERROR: " not in output and "WARNING: ThreadSanitizer" not in output, output[-5000:]
 
 
-# Name: (file, what stands there, the bug in its place, the build that is to find it, what is to be reported).
+# Name: (op, file, what stands there, the bug in its place, the build that is to find it, what is to be reported).
 PLANTED = {
-    "removed barrier": ("launch.cuh", "    __syncthreads();\n", "", "thread", "ThreadSanitizer: data race"),
-    "removed barrier, seen in the values": ("launch.cuh", "    __syncthreads();\n", "", None, "logdet is"),
+    "removed barrier": ("affine_coupling", "launch.cuh", "    __syncthreads();\n", "", "thread", "ThreadSanitizer: data race"),
+    "removed barrier, seen in the values": ("affine_coupling", "launch.cuh", "    __syncthreads();\n", "", None, "logdet is"),
     "overrun of a tensor": (
-        "affine_coupling.cu", "row < cut.batch ? (last < cut.units ? last : cut.units) : 0",
+        "affine_coupling", "affine_coupling.cu", "row < cut.batch ? (last < cut.units ? last : cut.units) : 0",
         "last < cut.units ? last : cut.units",
         "address", "AddressSanitizer: heap-buffer-overflow",
     ),
     "overrun of shared memory": (
-        "launch.cuh", "double sums[threads / warp];", "double sums[threads / warp - 1];",
+        "affine_coupling", "launch.cuh", "double sums[threads / warp];", "double sums[threads / warp - 1];",
         "address", "global-buffer-overflow|out of bounds",
     ),
     "unaligned 128-bit access": (
-        "affine_coupling.cu", "uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0", "true",
+        "affine_coupling", "affine_coupling.cu", "uintptr_t(v.p) % (sizeof(T) * size_t(width)) == 0", "true",
         "address", "misaligned address",
     ),
     "race between blocks": (
-        "affine_coupling.cu", "t.partial[here.row * gridDim.y + blockIdx.y] = total", "t.partial[here.row] = total",
+        "affine_coupling", "affine_coupling.cu", "t.partial[here.row * gridDim.y + blockIdx.y] = total", "t.partial[here.row] = total",
         "thread", "ThreadSanitizer: data race",
     ),
     "a barrier some threads miss": (
-        "launch.cuh", "    __syncthreads();\n",
+        "affine_coupling", "launch.cuh", "    __syncthreads();\n",
         "    if (threadIdx.x % 64 != 1) __syncthreads(); else for (;;) __syncwarp();\n",
         None, "that other threads never reach",
+    ),
+    "rows exchanged while others still look for the pivot": (
+        "slogdet", "slogdet.cu", "  __syncwarp();\n  if (row != k) {\n", "  if (row != k) {\n",
+        "thread", "ThreadSanitizer: data race",
+    ),
+    "a matrix beyond the batch": (
+        "slogdet", "slogdet.cu", "matrix < cut.batch", "matrix >= 0",
+        "address", "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "the sign of an exchange forgotten": (
+        "slogdet", "slogdet.cu", "row == k ? pivot : -pivot", "pivot", None, "sign is",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_found(folder, name):
-    file, right, wrong, sanitizer, report = PLANTED[name]
-    here = folder / "planted" / name.replace(" ", "_").replace(",", "")
+    op, file, right, wrong, sanitizer, report = PLANTED[name]
+    driver, original = sources(op)
+    here = folder / "planted" / re.sub(r"\W+", "_", name)
     shutil.copytree(build.CSRC / "cuda", here / "cuda")
     changed = here / "cuda" / file
     text = changed.read_text()
     assert text.count(right) == 1
     changed.write_text(text.replace(right, wrong))
-    kernels = here / "cuda" / KERNELS.name
+    kernels = here / "cuda" / original.name
     # float alone: the driver in its short form calls no other.
     lines = kernels.read_text().splitlines(keepends=True)
     kernels.write_text(
         "".join(line for line in lines if not line.startswith("PYFLOWGEN_INSTANTIATE") or "(float" in line)
     )
-    program = build.program(here, [DRIVER, kernels], sanitizer, FLOAT_ONLY, folder / f"shared_{sanitizer}")
+    program = build.program(here, [driver, kernels], sanitizer, FLOAT_ONLY, folder / f"shared_{sanitizer}")
     code, output = execute(program, *(["short"] if "unaligned" not in name else []))
     assert code != 0 and any(part in output for part in report.split("|")), output[-5000:]

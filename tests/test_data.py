@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pyflowgen.data import TOYS, DataError, Dataset, digits, load, mnist, toy
+from pyflowgen.data import TOYS, DataError, Dataset, digits, load, mnist, photos, toy
 from pyflowgen.data.mnist import MD5, cache_dir, read_idx
 
 
@@ -36,6 +36,19 @@ def test_digits_are_scikit_learns_in_the_fixed_split():
     assert [len(t) for t in (data.train, data.valid, data.test)] == [1197, 200, 400]
     assert data.levels == 17 and data.event_shape == (64,) and data.image().flat().event_shape == (64,)
     assert torch.equal(data.image().test[3, 0, 1], data.test[3, 8:16])
+
+
+def test_photos_are_scikit_learns_and_parts_share_no_pixel():
+    from sklearn.datasets import load_sample_images
+
+    temple, flower = (image >> 3 for image in load_sample_images().images)
+    data = photos()
+    assert data.levels == 32 and data.image_shape == (3, 16, 16) and load("photos").event_shape == (3, 16, 16)
+    assert np.array_equal(data.train[126].permute(1, 2, 0), temple[4:20, 4:20])  # 125 in a row
+    assert np.array_equal(data.valid[9].permute(1, 2, 0), temple[16:32, 528:544])
+    assert np.array_equal(data.test[-1].permute(1, 2, 0), flower[400:416, 624:640])
+    last = temple[: temple.shape[0] - (temple.shape[0] - 16) % 4, 496:512]
+    assert np.array_equal(data.train[-1].permute(1, 2, 0), last[-16:])
 
 
 def test_dequantize_fills_each_level_and_quantize_undoes_it():

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pyflowgen.bijection import Chain
-from pyflowgen.layers import ActNorm, Dequantize, Logit, MultiScale, Permutation, Scale, Squeeze
-from pyflowgen.nets import MLP, ConvResNet, ResidualMLP, activation
+from pyflowgen.layers import ActNorm, Dequantize, GlowStep, Logit, MultiScale, Permutation, Scale, Squeeze
+from pyflowgen.nets import MLP, ConvNet, ConvResNet, NormalPrior, ResidualMLP, ZeroConv2d, activation
 
 
 # ------------------------------------------------------------------------------------------------------ Permutation
@@ -213,7 +213,87 @@ def test_multi_scale_factors_out_the_first_half_of_the_channels():
         MultiScale([Squeeze()], (4,))
 
 
+def test_priors_standardise_what_leaves():
+    """log p of the latents under the scales' normal priors is what a standard normal gives of them."""
+    torch.manual_seed(0)
+    scales = MultiScale([Squeeze(), Squeeze()], (1, 4, 4), [NormalPrior(2, 2), NormalPrior(8)])
+    with torch.no_grad():
+        for p in scales.parameters():
+            p.normal_(std=0.3)
+    x = torch.randn(6, 1, 4, 4)
+    z, logdet = scales(x)
+    leaves, goes_on = Squeeze()(x)[0].chunk(2, 1)
+    last = Squeeze()(goes_on)[0]
+    normal = torch.distributions.Normal
+    expected = torch.zeros(6)
+    for value, params in ((leaves, scales.priors[0](goes_on)), (last, scales.priors[1](last))):
+        expected += normal(params[:, 0::2], params[:, 1::2].exp()).log_prob(value).flatten(1).sum(1)
+    torch.testing.assert_close(normal(0.0, 1.0).log_prob(z).sum(1) + logdet, expected)
+    with pytest.raises(ValueError, match="1 priors, expected none or one for each of 2"):
+        MultiScale([Squeeze(), Squeeze()], (1, 4, 4), [NormalPrior(2)])
+
+
+# --------------------------------------------------------------------------------------------------------- GlowStep
+@pytest.mark.parametrize("additive", [False, True])
+def test_glow_step_is_its_three_layers(additive):
+    torch.manual_seed(0)
+    step = GlowStep(5, ConvNet(3, 8, 2 if additive else 4), additive=additive)
+    with torch.no_grad():
+        for p in step.conditioner.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = 3 + 2 * torch.randn(6, 5, 4, 4)
+    y, logdet = step(x)
+    v, first = step.actnorm(x)
+    torch.testing.assert_close(v.mean((0, 2, 3)), torch.zeros(5), atol=1e-4, rtol=0)
+    torch.testing.assert_close(v.var((0, 2, 3), unbiased=False), torch.ones(5), atol=1e-3, rtol=0)
+    v, second = step.conv(v)
+    params = step.conditioner(v[:, :3])
+    shift, scale = (params, None) if additive else (params[:, 0::2], torch.sigmoid(params[:, 1::2] + 2))
+    moved = v[:, 3:] + shift if additive else (v[:, 3:] + shift) * scale
+    torch.testing.assert_close(y, torch.cat([v[:, :3], moved], 1))
+    third = 0 if additive else scale.log().flatten(1).sum(1)
+    torch.testing.assert_close(logdet, first + second + third)
+    for bad, message in (
+        (torch.zeros(2, 4, 2, 2), r"\(2, 4, 2, 2\), expected \(\.\.\., 5, H, W\)"),
+        (torch.zeros(5, 5), "at least 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            step(bad)
+    with pytest.raises(ValueError, match="at least 2 channels"):
+        GlowStep(1, torch.nn.Identity())
+
+
 # ------------------------------------------------------------------------------------------------------------- nets
+def test_zero_conv_gain_and_conv_net():
+    torch.manual_seed(0)
+    conv, plain = ZeroConv2d(3, 4), torch.nn.Conv2d(3, 4, 3, padding=1)
+    assert conv(torch.randn(2, 3, 5, 5)).count_nonzero() == 0
+    with torch.no_grad():
+        conv.weight.copy_(plain.weight), conv.bias.copy_(plain.bias), conv.log_gain.normal_()
+    x = torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(conv(x), plain(x) * (3 * conv.log_gain).exp()[:, None, None])
+    net = ConvNet(3, 8, 4, context_features=2)
+    torch.nn.init.normal_(net.conv3.weight)
+    x, context = torch.randn(2, 3, 3, 5, 4), torch.randn(2, 3, 2)
+    out = net(x, context)
+    h = torch.relu(net.conv1(x[1, 2][None]) + net.context(context[1, 2])[:, None, None])
+    torch.testing.assert_close(out[1, 2], net.conv3(torch.relu(net.conv2(h)))[0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"expected \(\.\.\., 3, H, W\)"):
+        net(x[:, :, :2], context)
+    with pytest.raises(ValueError, match="hidden_channels=0"):
+        ConvNet(1, 0, 1)
+
+
+def test_normal_prior_starts_standard_and_takes_context():
+    torch.manual_seed(0)
+    for prior in (NormalPrior(2, 3, context_features=4), NormalPrior(2, context_features=4)):
+        x, context = torch.randn(5, 3, 3, 2, 2), torch.randn(5, 3, 4)
+        assert torch.equal(prior(x, context), torch.zeros(5, 3, 4, 2, 2))
+        torch.nn.init.normal_(prior.context.weight)
+        expected = prior.context(context)[..., None, None].expand(5, 3, 4, 2, 2)
+        torch.testing.assert_close(prior(x, context), expected)
+
+
 def test_mlp_starts_at_zero_and_broadcasts_its_context():
     net = MLP(3, [8, 8], 4, "silu", context_features=2)
     out = net(torch.randn(5, 1, 3), torch.randn(7, 2))

@@ -1,4 +1,4 @@
-"""NICE, RealNVP and NSF as whole models: exact densities, inverses, configuration."""
+"""NICE, RealNVP, NSF and Glow as whole models: exact densities, inverses, configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyflowgen
 from pyflowgen.bijection import Chain
 from pyflowgen.flow import DiagNormal, Flow
 from pyflowgen.layers import ActNorm, Scale
-from pyflowgen.models import NICE, NSF, RealNVP
+from pyflowgen.models import NICE, NSF, Glow, RealNVP
 from pyflowgen.ops.affine_coupling import AffineCoupling
 
 MODELS = {
@@ -23,10 +23,12 @@ MODELS = {
     "realnvp": lambda: RealNVP(6, couplings=4, hidden=(8, 8), activation="silu"),
     "realnvp_odd": lambda: RealNVP((5,), couplings=5, hidden=(8,), permutation="reverse", scale="sigmoid"),
     "realnvp_logit": lambda: RealNVP(6, couplings=2, hidden=(8,), alpha=0.05, actnorm=False, permutation="none"),
-    "nsf": lambda: NSF(6, couplings=4, hidden=(8,), bins=4, activation="silu"),
+    "nsf": lambda: NSF(6, couplings=4, hidden=(8,), bins=4, activation="silu", permutation="lu"),
     "nsf_residual": lambda: NSF((5,), couplings=3, hidden=8, blocks=1, bins=3, alpha=0.05, permutation="reverse"),
     "realnvp_image": lambda: RealNVP((1, 4, 4), channels=4, blocks=1, activation="tanh"),
     "realnvp_image_logit": lambda: RealNVP((2, 4, 4), channels=4, blocks=1, scales=2, alpha=0.05, weight_norm=True),
+    "glow": lambda: Glow((1, 4, 4), scales=2, steps=2, channels=4, seed=0),
+    "glow_additive_dense": lambda: Glow((2, 4, 2), scales=1, steps=2, channels=4, coupling="additive", factor="dense"),
     "realnvp_image_one_scale": lambda: RealNVP((3, 3, 2), channels=4, blocks=0, scales=1, scale="atan", clamp=1.0),
 }
 
@@ -260,6 +262,75 @@ def test_conditional_images():
     assert model.distribution(context).batch_shape == (5,)
 
 
+@pytest.mark.parametrize("coupling, factor", [("affine", "lu"), ("additive", "dense")])
+def test_glow_under_classes_and_context(coupling, factor, path):
+    torch.manual_seed(0)
+    options = dict(scales=2, steps=2, channels=4, coupling=coupling, factor=factor, seed=0)
+    for model, context in (
+        (Glow((1, 4, 4), classes=3, **options), torch.arange(3)),
+        (Glow((1, 4, 4), context_features=2, **options), torch.randn(3, 2).double()),
+    ):
+        model = model.double()
+        model(torch.randn(64, 3, 1, 4, 4).double(), context)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.15 * torch.randn_like(p))
+        x, logp = model.sample_and_log_prob((2,), context)
+        assert x.shape == (2, 3, 1, 4, 4)
+        torch.testing.assert_close(logp, model.log_prob(x, context).detach())
+        torch.testing.assert_close(model.decode(model.encode(x, context), context.expand(2, *context.shape)), x)
+        assert (model.log_prob(x[:, :1], context) - logp).abs()[:, 1:].min() > 1e-3, "the context changes nothing"
+        # Each prior sees it too: the coupling networks' part switched off, what is left depends on it.
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "conditioner.context" in name:
+                    p.zero_()
+        assert (model.encode(x[:, :1], context)[:, 0] - model.encode(x[:, :1], context)[:, 1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="labels are missing, expected integers below 3"):
+        Glow((1, 4, 4), classes=3, **options).log_prob(torch.zeros(1, 1, 4, 4))
+
+
+def test_glow_structure_is_the_papers():
+    model = Glow((3, 8, 8), scales=3, steps=2, channels=4)
+    (scales,) = model.bijection
+    assert [[type(b).__name__ for b in stage] for stage in scales.stages] == [["Squeeze", "GlowStep", "GlowStep"]] * 3
+    assert [stage[1].features for stage in scales.stages] == [12, 24, 48]
+    assert [(prior.features, prior.conv is not None) for prior in scales.priors] == [(6, True), (12, True), (48, False)]
+    first, second = scales.stages[0][1], scales.stages[0][2]
+    assert not torch.allclose(first.conv.matrix(), second.conv.matrix()), "every step has its own rotation"
+    a, b = (Glow((1, 4, 4), scales=1, steps=1, channels=4, seed=s).state_dict()["bijection.bijections.0.stages.0.bijections.1.conv.weight"] for s in (1, 1))  # fmt: skip
+    assert torch.equal(a, b)
+
+
+def test_glow_starts_normalised_and_its_priors_standard():
+    torch.manual_seed(0)
+    model = Glow((2, 8, 8), scales=2, steps=3, channels=8)
+    x = 5 + 3 * torch.randn(200, 2, 8, 8)
+    model(x)
+    for step in (b for b in model.modules() if isinstance(b, ActNorm)):
+        assert step.initialized
+    z = model.encode(x)
+    # with couplings at zero a step is y2 = v2 sigmoid(2): what leaves has variance 1 or a little less, and mean 0
+    assert z.mean().abs() < 0.01 and 0.3 < z.std() < 1.1
+    y, _ = model.bijection[0].stages[0][0](x)
+    step = model.bijection[0].stages[0][1]
+    normed, _ = step.actnorm(y)
+    torch.testing.assert_close(normed.mean((0, 2, 3)), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normed.var((0, 2, 3), unbiased=False), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_temperature_shrinks_samples_towards_the_mean():
+    torch.manual_seed(0)
+    model = Glow((1, 4, 4), scales=1, steps=1, channels=4)
+    model(torch.randn(100, 1, 4, 4))
+    mean = model.sample(2, temperature=0.0)
+    assert torch.equal(mean[0], mean[1])
+    cold, warm = (model.sample(500, temperature=t) for t in (0.5, 1.0))
+    torch.testing.assert_close((cold - mean[0]).std() / (warm - mean[0]).std(), torch.tensor(0.5), atol=0.03, rtol=0)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        model.sample(1, temperature=-1)
+
+
 def test_any_module_is_a_conditioner():
     net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 4))
     flow = Flow(DiagNormal(4), Chain(AffineCoupling(net, mask="halves")))
@@ -275,12 +346,18 @@ def test_any_module_is_a_conditioner():
         (lambda: RealNVP(1), "at least 2"),
         (lambda: RealNVP((4, 4)), r"expected \(features,\)"),
         (lambda: RealNVP((1, 6, 6), scales=3), r"2\*\*\(scales - 1\)"),
-        (lambda: RealNVP(4, permutation="lu"), "'random', 'reverse' or 'none'"),  # type: ignore[arg-type]
+        (lambda: RealNVP(4, permutation="qr"), "expected one of .'random'"),  # type: ignore[arg-type]
         (lambda: RealNVP(4, couplings=0), "couplings is 0"),
         (lambda: RealNVP(4, activation="swish"), "'swish'"),
         (lambda: NSF((1, 4, 4)), r"expected \(features,\)"),
         (lambda: NSF(4, hidden=(8, 8), blocks=2), "with blocks one width"),
-        (lambda: NSF(4, permutation="lu"), "NSF: permutation is 'lu'"),  # type: ignore[arg-type]
+        (lambda: NSF(4, permutation="qr"), "NSF: permutation is 'qr'"),  # type: ignore[arg-type]
+        (lambda: Glow((1, 6, 4), scales=2), r"divisible by 2\*\*scales"),
+        (lambda: Glow((1, 4, 4), scales=1, steps=0), "steps is 0"),
+        (lambda: Glow((1, 4, 4), scales=1, steps=1, channels=0), "hidden_channels=0"),
+        (lambda: Glow((1, 4, 4), scales=1, coupling="spline"), "'affine' or 'additive'"),  # type: ignore[arg-type]
+        (lambda: Glow((1, 4, 4), scales=1, factor="qr"), "'lu' or 'dense'"),  # type: ignore[arg-type]
+        (lambda: Glow((1, 4, 4), scales=1, classes=2, context_features=2), "expected one of them"),
     ],
 )
 def test_wrong_configurations_are_refused(build, words):

@@ -36,18 +36,43 @@ def samples() -> list[Sample]:
     add = lambda name, *tensors, **options: result.append(Sample(name, tensors, options))  # noqa: E731
     for convention, tails, inverse in itertools.product(CONVENTIONS, ("linear", "circular"), (False, True)):
         options = dict(convention=convention, tails=tails, inverse=inverse)
-        name, more = f"{convention}-{tails}-{'inverse' if inverse else 'forward'}", module._DERIVATIVES[tails == "linear" or 2]
+        name, more = (
+            f"{convention}-{tails}-{'inverse' if inverse else 'forward'}",
+            module._DERIVATIVES[tails == "linear" or 2],
+        )
         add(f"{name}-8", 1.5 * normal(9, 21), normal(9, 21, 24 + more), layout="last", **options)
         add(f"{name}-5", 1.5 * normal(9, 21), normal(9, 21, 15 + more), layout="last", bound=2.0, **options)
     for inverse in (False, True):
         name, x = "inverse" if inverse else "forward", torch.rand(9, 21, dtype=torch.float64) * 0.9 + 0.04
         add(f"no-tails-{name}", x, normal(9, 21, 13), layout="last", tails=None, bound=(0.0, 1.0), inverse=inverse)
         add(f"separate-{name}", 2 * normal(9, 21), *split(normal(9, 21, 23), 8), inverse=inverse)
-        add(f"separate-tensors-{name}", 2 * normal(9, 5), normal(9, 5, 8), normal(9, 5, 8, seed=1), normal(9, 5, 7), inverse=inverse)
+        add(
+            f"separate-tensors-{name}",
+            2 * normal(9, 5),
+            normal(9, 5, 8),
+            normal(9, 5, 8, seed=1),
+            normal(9, 5, 7),
+            inverse=inverse,
+        )
         add(f"mixed-tails-{name}", 2 * normal(9, 4), normal(9, 4, 19), layout="last", inverse=inverse,
             tails=("linear", "circular", "circular", "linear"), bound=torch.tensor([1.0, 2.0, 3.0, 2.5]))  # fmt: skip
-        add(f"image-{name}", 2 * normal(3, 2, 4, 8), normal(3, 46, 4, 8), layout="channels", event_dim=3, inverse=inverse)
-        add(f"part-{name}", 2 * normal(9, 40), normal(9, 20 * 11), layout="channels", part=(1, 2), bins=4, inverse=inverse)
+        add(
+            f"image-{name}",
+            2 * normal(3, 2, 4, 8),
+            normal(3, 46, 4, 8),
+            layout="channels",
+            event_dim=3,
+            inverse=inverse,
+        )
+        add(
+            f"part-{name}",
+            2 * normal(9, 40),
+            normal(9, 20 * 11),
+            layout="channels",
+            part=(1, 2),
+            bins=4,
+            inverse=inverse,
+        )
     for bins in (2, 3, 16, 17, 64):
         add(f"{bins}-bins", 2 * normal(17, 3), normal(17, 3, 3 * bins - 1), layout="last")
     add("minima-and-scale", 2 * normal(9, 7), 3 * normal(9, 7, 23), layout="last", min_bin_width=0.02, min_bin_height=0.05,
@@ -77,7 +102,15 @@ def samples() -> list[Sample]:
     add("many-batch-dimensions", 2 * normal(2, 3, 2, 2, 9), normal(2, 3, 2, 2, 9, 11), layout="last")
     add("no-batch", 2 * normal(9), normal(9, 11), layout="last")
     add("long-rows", 2 * normal(1, 2, 48, 50), normal(1, 16, 48, 50), layout="channels", event_dim=3)
-    add("long-rows-part", 2 * normal(2, 3, 50, 43), normal(2, 16, 50, 43), layout="channels", event_dim=3, part=(1, 1), bins=3)
+    add(
+        "long-rows-part",
+        2 * normal(2, 3, 50, 43),
+        normal(2, 16, 50, 43),
+        layout="channels",
+        event_dim=3,
+        part=(1, 1),
+        bins=3,
+    )
     for batch, features in ((0, 6), (1, 1), (1, 2), (5, 0), (123, 1), (5, 123)):
         add(f"size-{batch}x{features}", 2 * normal(batch, features), normal(batch, features, 11), layout="last")
     return result

@@ -36,41 +36,57 @@ LAYERS = (
     "benchmarks/bench_{}.py",
 )
 # Files that an op does without, and why. A file that exists is no longer missing: the list has to say the truth.
+NO_KERNEL = "no kernel yet, and none to time; the reference runs"
+GPU = ("csrc/cuda/{}.cu", "csrc/cuda/{}.cpp", "kernels/{}.py")
 WITHOUT = {
-    "mlp_coupling": {
-        "csrc/formula/mlp_coupling.h": "the transforms' formulas are those of the ops it is made of",
-        "csrc/cuda/mlp_coupling.cu": "no GPU kernel yet: layer by layer there",
-        "csrc/cuda/mlp_coupling.cpp": "no GPU kernel yet: layer by layer there",
-        "kernels/mlp_coupling.py": "no GPU kernel yet: layer by layer there",
-        "benchmarks/bench_mlp_coupling.py": "timed as whole flows, in bench_realnvp",
-    },
     "linear": {
         "csrc/formula/linear.h": "a product has no formula of one element; activations are in elementary.h",
-        "csrc/cuda/linear.cu": "on a GPU torch's own product runs",
-        "csrc/cuda/linear.cpp": "on a GPU torch's own product runs",
-        "kernels/linear.py": "on a GPU torch's own product runs",
+        **{layer.format("linear"): "on a GPU torch's own product runs" for layer in GPU},
+    },
+    "mlp_coupling": {
+        "csrc/formula/mlp_coupling.h": "the transforms' formulas are those of the ops it is made of",
+        "benchmarks/bench_mlp_coupling.py": "timed as whole flows, in bench_realnvp and bench_nsf",
+        **{layer.format("mlp_coupling"): "no GPU kernel yet: layer by layer there" for layer in GPU},
+    },
+    "invertible_linear": {
+        layer.format("invertible_linear"): "on a GPU torch's own products and solves run" for layer in GPU
     },
     "rational_quadratic_spline": {
-        layer: "not written yet: on a GPU the reference runs"
-        for layer in (
-            "csrc/cuda/rational_quadratic_spline.cu",
-            "csrc/cuda/rational_quadratic_spline.cpp",
-            "kernels/rational_quadratic_spline.py",
-        )
+        layer.format("rational_quadratic_spline"): "not written yet: on a GPU the reference runs" for layer in GPU
+    },
+    **{op: {layer.format(op): "on a GPU cuDNN's own recurrence runs" for layer in GPU} for op in ("gru", "lstm")},
+    **{
+        op: {layer.format(op): NO_KERNEL for layer in LAYERS if not layer.startswith(("pyflowgen", "tests"))}
+        for op in ("idu", "trn")
     },
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.
-SHARED = {"csrc/cpu/gemm.simd.cpp", "csrc/cpu/isa.cpp", "csrc/module.cpp", "kernels/tile.py", "kernels/elementary.py"}
-SYSTEMS = {"benchmarks/bench_realnvp.py", "benchmarks/bench_memory.py"}
+SHARED = {
+    "csrc/cpu/gemm.simd.cpp",
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/team.cpp",
+    "csrc/module.cpp",
+    "kernels/tile.py",
+    "kernels/elementary.py",
+}
+SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("glow", "memory", "nsf", "realnvp")}
 
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
 
 NAMES = {
-    "AdditiveCoupling", "ActNorm", "AffineCoupling", "Bijection", "Chain", "ConvResNet", "Dequantize", "DiagNormal",
-    "Flow", "FlowDistribution", "Inverse", "Linear", "Logistic", "LogisticDistribution", "Logit", "MLP", "MultiScale",
-    "Permutation", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
-    "linear", "linear_reference", "mlp_coupling", "mlp_coupling_reference", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
+    "ActNorm", "AdditiveCoupling", "AffineCoupling", "Bijection", "Chain", "ConvNet", "ConvResNet", "Dequantize",
+    "DiagNormal", "Flow", "FlowDistribution", "GRU", "GRUCell", "GaussianMixture", "GlowStep", "Householder", "IDU",
+    "Inverse", "Invertible1x1Conv", "InvertibleLinear", "LSTM", "LSTMCell", "Linear", "LipschitzMLP", "Logistic",
+    "LogisticDistribution", "Logit", "MLP", "MatrixExponential", "MultiScale", "NormalPrior", "Permutation",
+    "Planar", "Radial", "Resampled", "ResidualFlow", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze",
+    "Sylvester", "TRN", "ZeroConv2d", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
+    "gru", "gru_reference", "hutchinson_trace", "hutchpp_trace", "idu", "idu_reference", "invertible_linear",
+    "invertible_linear_reference", "linear", "linear_reference", "lstm", "lstm_reference", "mlp_coupling",
+    "mlp_coupling_reference", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
+    "russian_roulette_logdet", "slogdet", "slogdet_reference", "trn", "trn_reference", "tune_malloc",
 }  # fmt: skip
+
+MODELS = {"Detector", "GRUDetector", "Glow", "IDN", "LSTMDetector", "LiveStreams", "NICE", "NSF", "RealNVP", "TRN"}
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -106,7 +122,10 @@ def exported(path: Path) -> set[str]:
 
 def test_public_names() -> None:
     assert exported(PACKAGE / "__init__.py") == NAMES
-    assert exported(PACKAGE / "models/__init__.py") == {"NICE", "NSF", "RealNVP"}
+    assert exported(PACKAGE / "models/__init__.py") == MODELS
+    assert exported(PACKAGE / "models/__init__.py") == MODELS
+    assert exported(PACKAGE / "models/__init__.py") == MODELS
+    assert exported(PACKAGE / "models/__init__.py") == MODELS
     for op in OPS:  # function and reference of every op, with one signature
         function, reference = getattr(pyflowgen, op), getattr(pyflowgen, f"{op}_reference")
         assert inspect.signature(function) == inspect.signature(reference)
@@ -139,10 +158,11 @@ PYTHON = sorted(PACKAGE.rglob("*.py"))
 @pytest.mark.parametrize("op", OPS)
 def test_an_op_imports_no_other_op(op: str) -> None:
     ours = {name for name in imports(PACKAGE / f"ops/{op}.py") if within(name, "pyflowgen")}
-    below = ["pyflowgen._native", "pyflowgen.bijection", "pyflowgen.coupling"]
+    below = ["pyflowgen._native", "pyflowgen.bijection", "pyflowgen.coupling", "pyflowgen.recurrence"]
     if op == "mlp_coupling":  # whole layers, made of the single ops
-        below += ["pyflowgen.recompute", "pyflowgen.ops.affine_coupling", "pyflowgen.ops.linear"]
-    assert all(within(name, *below) or name == "pyflowgen.ops" for name in ours), ours
+        single = ("affine_coupling", "linear", "rational_quadratic_spline")
+        below += ["pyflowgen.recompute", *(f"pyflowgen.ops.{name}" for name in single)]
+    assert all(within(name, *below) for name in ours), ours
 
 
 @pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda p: p.stem)
@@ -166,12 +186,13 @@ def test_only_native_touches_the_dispatcher(path: Path) -> None:
 # From low to high; a module imports from its own rank or below.
 RANKS = (
     "_native",
-    "bijection coupling recompute",
-    "ops",
-    "layers nets flow",
+    "bijection coupling recompute recurrence",
+    "ops metrics",
+    "layers nets flow bases estimators linear_flows low_rank_flows residual_flow",
     "models",
     "data",
     "train",
+    "detect",
     "recipes",
     "cli",
     "__main__",

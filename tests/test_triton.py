@@ -16,6 +16,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from pyflowgen.kernels import affine_coupling as kernels  # noqa: E402
+from pyflowgen.kernels import slogdet as slogdet_kernels  # noqa: E402
 from pyflowgen.kernels import tile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource, make_backend  # noqa: E402
@@ -40,9 +41,10 @@ def interpret(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_interpreter() -> None:
-    out = interpret("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / "triton_interpreter.py"))
-    assert int(re.findall(r"(\d+) passed", out)[-1]) > 100
+@pytest.mark.parametrize("file, least", [("triton_interpreter.py", 100), ("triton_interpreter_slogdet.py", 20)])
+def test_interpreter(file: str, least: int) -> None:
+    out = interpret("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / file))
+    assert int(re.findall(r"(\d+) passed", out)[-1]) > least
 
 
 def test_launchers_without_the_compiled_library() -> None:
@@ -65,12 +67,13 @@ print(all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want))
 """
 
 
-@pytest.mark.parametrize("op", ["affine_coupling", "affine_coupling_backward"])
+@pytest.mark.parametrize("op", ["affine_coupling", "affine_coupling_backward", "slogdet", "slogdet_backward"])
 def test_launcher_schema(op: str) -> None:
     if _native._missing:
         pytest.skip("no compiled library to compare with")
     schema = getattr(torch.ops.pyflowgen, op).default._schema
-    assert f"pyflowgen::{op}{_native.launcher_schema(getattr(kernels, op))}" == str(schema)
+    launcher = getattr(slogdet_kernels if "slogdet" in op else kernels, op)
+    assert f"pyflowgen::{op}{_native.launcher_schema(launcher)}" == str(schema)
 
 
 # ------------------------------------------------------------------------------------------------ ahead of time
@@ -124,7 +127,19 @@ def case(
     return call
 
 
+def slogdet_case(batch: int, n: int, dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        a = torch.empty(batch, n, n, dtype=dtype)
+        slogdet_kernels.slogdet_backward(slogdet_kernels.slogdet(a)[1], a)
+
+    return call
+
+
 CASES = {
+    "slogdet, 2": slogdet_case(8192, 2, torch.float32),
+    "slogdet, 8": slogdet_case(8192, 8, torch.bfloat16),
+    "slogdet, 24": slogdet_case(512, 24, torch.float64),
+    "slogdet, 64": slogdet_case(128, 64, torch.float32),
     "additive": case((8192, 64), torch.float32, 0, 0),
     "exp, image halves": case((8, 12, 16, 16), torch.float32, 1, 1, event_dim=3, part=(6, 1)),
     "tanh, long rows": case((2, 9000), torch.float32, 0, 2, inverse=True),

@@ -3,6 +3,8 @@
 
 #include <utility>
 
+#include "cpu/transpose.h"
+
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
 
@@ -46,26 +48,6 @@ PYFLOWGEN_INLINE void dispatch(std::integer_sequence<int, rows...>, int n, Args.
   using Tile = void (*)(Args...);
   static constexpr Tile tiles[] = {tile_of<T, rows + 1, vectors, row_major>...};
   tiles[n - 1](args...);
-}
-
-// Transpose of lanes x lanes elements by exchanging ever larger blocks across the diagonal.
-template <class T, int step = 1> PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
-  if constexpr (step < lanes<T>) {
-    using Index = Pack<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
-    Index low, high;
-    for (int i = 0; i < lanes<T>; ++i) {
-      low[i] = i & step ? lanes<T> + i - step : i;
-      high[i] = i & step ? lanes<T> + i : i + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < lanes<T>; ++i)
-      if (!(i & step)) {
-        const Pack<T> a = v[i], b = v[i | step];
-        v[i] = __builtin_shuffle(a, b, low);
-        v[i | step] = __builtin_shuffle(a, b, high);
-      }
-    transpose<T, 2 * step>(v);
-  }
 }
 
 }  // namespace

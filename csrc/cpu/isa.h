@@ -28,4 +28,7 @@ const char* isa_name(Isa);  // "baseline", "avx2", "avx512"
 #define PYFLOWGEN_PER_ISA(...) namespace baseline { __VA_ARGS__ }
 #define PYFLOWGEN_CALL(kernel, ...) ::pyflowgen::baseline::kernel(__VA_ARGS__)
 #endif
+// The same for a kernel whose name has commas, in parentheses: PYFLOWGEN_CALL_OF((kernel<A, B>), x, y).
+#define PYFLOWGEN_CALL_OF(kernel, ...) PYFLOWGEN_CALL(PYFLOWGEN_UNWRAP kernel, __VA_ARGS__)
+#define PYFLOWGEN_UNWRAP(...) __VA_ARGS__
 // clang-format on

@@ -10,9 +10,6 @@
 namespace pyflowgen {
 namespace {
 
-// Below so many multiply-adds a thread, waking it costs more than it saves.
-constexpr int64_t work_per_thread = 1 << 19;
-
 void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   STD_TORCH_CHECK(weight.dim() == 2, "linear: weight must be (out_features, in_features), got shape ",
                   shape_of(weight));
@@ -24,11 +21,6 @@ void check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& b
                   "linear: x, weight and bias must have one dtype");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double,
                   "linear: the kernel takes float32 and float64");
-}
-
-int64_t threads_for(int64_t work) {
-  if (work < 2 * work_per_thread) return 1;
-  return std::min<int64_t>(torch::stable::get_num_threads(), work / work_per_thread);
 }
 
 template <class T> Tensor pack(const Tensor& weight) {

@@ -32,7 +32,7 @@ template <class C> PYFLOWGEN_INLINE auto load_mask(Cursor<const uint8_t> mask, i
 
 template <class T>
 PYFLOWGEN_INLINE void copy_strided(const T* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n) {
-  if (from == to) return;
+  if (from == to) return;  // in place
   if (from_stride == 1 && to_stride == 1) {
     __builtin_memcpy(to, from, size_t(n) * sizeof(T));
   } else {

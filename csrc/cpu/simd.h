@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -88,6 +89,26 @@ template <int n = lanes<double> / 2> PYFLOWGEN_INLINE double reduce_add(f64v v) 
   i64v index{};
   for (int i = 0; i < n; ++i) index[i] = i + n;
   return reduce_add<n / 2>(v + __builtin_shuffle(v, index));
+}
+
+// Transpose of lanes x lanes elements by exchanging ever larger blocks across the diagonal.
+template <class T, int step = 1> PYFLOWGEN_INLINE void transpose(Pack<T> (&v)[lanes<T>]) {
+  if constexpr (step < lanes<T>) {
+    using Index = Pack<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+    Index low, high;
+    for (int i = 0; i < lanes<T>; ++i) {
+      low[i] = i & step ? lanes<T> + i - step : i;
+      high[i] = i & step ? lanes<T> + i : i + step;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i)
+      if (!(i & step)) {
+        const Pack<T> a = v[i], b = v[i | step];
+        v[i] = __builtin_shuffle(a, b, low);
+        v[i | step] = __builtin_shuffle(a, b, high);
+      }
+    transpose<T, 2 * step>(v);
+  }
 }
 
 }  // namespace pyflowgen::PYFLOWGEN_ISA

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,15 @@ class Dataset:
     def event_shape(self) -> tuple[int, ...]:
         """Shape of one example."""
         return tuple(self.train.shape[1:])
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's ``config.json`` keeps of its data."""
+        shape = None if self.image_shape is None else list(self.image_shape)
+        sizes = [len(t) for t in (self.train, self.valid, self.test)]
+        return {
+            "name": self.name, "levels": self.levels, "event_shape": list(self.event_shape),
+            "image_shape": shape, "sizes": sizes,
+        }  # fmt: skip
 
     def flat(self) -> Dataset:
         """The same examples as vectors."""

@@ -31,7 +31,8 @@ class NSF(Flow):
         bins: bins of the splines.
         bound: the splines act on [-bound, bound] and leave what lies outside as it is.
         actnorm: put an `ActNorm` before each coupling.
-        permutation: `"random"` (drawn from `seed`), `"reverse"` or `"none"` between pairs of couplings.
+        permutation: what stands between pairs of couplings: `"random"` (a permutation drawn from `seed`), `"reverse"`,
+            `"lu"` (an `InvertibleLinear`) or `"none"`.
         alpha: map data in [0, 1] to the real line by `Logit(alpha)` first; None for data that live there.
         levels: data are integers `0..levels-1`, dequantised by `Dequantize(levels)` before anything else; None for
             continuous data.

@@ -34,7 +34,8 @@ class RealNVP(Flow):
         scales: number of scales (images).
         scale, clamp: map of the log-scale and its bound, see `affine_coupling`; the default is tanh as in the paper.
         actnorm: put an `ActNorm` before each coupling.
-        permutation: `"random"` (drawn from `seed`), `"reverse"` or `"none"` between pairs of couplings (vectors).
+        permutation: what stands between pairs of couplings: `"random"` (a permutation drawn from `seed`), `"reverse"`,
+            `"lu"` (an `InvertibleLinear`) or `"none"` (vectors).
         alpha: map data in [0, 1] to the real line by `Logit(alpha)` first; None for data that live there.
         levels: data are integers `0..levels-1`, dequantised by `Dequantize(levels)` before anything else; None for
             continuous data.

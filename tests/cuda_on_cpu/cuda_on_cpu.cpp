@@ -79,6 +79,9 @@ void destroy_ended() {
   ended.clear();
 }
 
+// Dynamic shared memory is kept as long: only the end of the launch orders its release after the threads' accesses.
+std::vector<std::vector<std::max_align_t>> ended_shared;
+
 // No address serves twice (until they are all used), or one block's barriers would order the next one's accesses: TSan
 // remembers an address beyond the end of what was there. It tells them apart by 8 bytes.
 char* new_ordering(size_t count) {
@@ -195,6 +198,7 @@ void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std:
     }
     if (!progress) fail("waits at a barrier or warp operation that other threads never reach");
   }
+  ended_shared.push_back(std::move(block->shared));
   block = nullptr;
 }
 
@@ -225,6 +229,7 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
       }
   acquire(end);
   destroy_ended();
+  ended_shared.clear();
 }
 
 int sync_threads(bool predicate) {

@@ -1,0 +1,419 @@
+"""What the recurrent layers share: checks, unrolling in time, gradients, packed weights, and torch's interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from pyflowgen import _native
+
+Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+
+# op -> (gates, its states' names, its reference); `register` fills it.
+_CELLS: dict[str, tuple[int, tuple[str, ...], Callable[..., tuple[Tensor, ...]]]] = {}
+# The `storage` argument of the packing operators.
+_STORAGE = {None: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+def check(op: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights, batch_sizes: Tensor | None) -> None:
+    """Raise one readable error for arguments of a sequence that do not fit."""
+    gates, names, _ = _CELLS[op]
+    states = dict(zip(names, state, strict=True))
+    named = {"x": x, **states, **dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=True))}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and not (tensor is None and name.startswith("bias")):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    if weight_hh.dim() != 2 or weight_hh.shape[0] != gates * weight_hh.shape[1]:
+        raise ValueError(f"weight_hh has shape {tuple(weight_hh.shape)}, expected ({gates} * hidden, hidden)")
+    rows, hidden = weight_hh.shape
+    if weight_ih.dim() != 2 or weight_ih.shape[0] != rows:
+        raise ValueError(f"weight_ih has shape {tuple(weight_ih.shape)}, expected ({rows}, in) beside weight_hh")
+    for name, bias in (("bias_ih", bias_ih), ("bias_hh", bias_hh)):
+        if bias is not None and bias.shape != weight_hh.shape[:1]:
+            raise ValueError(f"{name} has shape {tuple(bias.shape)}, expected ({rows},)")
+    batch = state[0].shape[0] if state[0].dim() else 0
+    for name, tensor in states.items():
+        if tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != hidden:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (batch, {hidden})")
+    features = weight_ih.shape[1]
+    if batch_sizes is None:
+        if x.dim() != 3 or x.shape[1] != batch or x.shape[2] != features:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (time, {batch}, {features})")
+    elif batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
+        raise ValueError(
+            f"batch_sizes is {batch_sizes.dtype} of shape {tuple(batch_sizes.shape)}, expected int64 of (time,)"
+        )
+    elif x.dim() != 2 or x.shape[1] != features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (rows, {features}) with batch_sizes")
+    for name, tensor in named.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, expected x's {x.dtype}")
+
+
+def _sizes(x: Tensor, batch: int, batch_sizes: Tensor | None) -> list[int]:
+    """How many sequences have step t."""
+    if batch_sizes is None:
+        return [batch] * x.shape[0]
+    sizes: list[int] = batch_sizes.tolist()
+    if any(n > m or n < 0 for n, m in zip(sizes, [batch, *sizes], strict=False)) or sum(sizes) != x.shape[0]:
+        raise ValueError(
+            f"batch_sizes is {sizes[:8]}, expected at most {batch}, no growth, and a sum of {x.shape[0]}, x's rows"
+        )
+    return sizes
+
+
+def unroll(
+    op: str,
+    step: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Weights,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+) -> tuple[Tensor, ...]:
+    """``state = step(x_t W^T + b, *state)`` over time: all hidden states, and the last state."""
+    check(op, x, state, weights, batch_sizes)
+    batch = state[0].shape[0]
+    sizes = _sizes(x, batch, batch_sizes)
+    x = F.linear(x, weights[0], weights[2])
+    pieces = x.unbind(0) if batch_sizes is None else x.split(sizes)
+    hidden = [x] * len(sizes)
+    for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+        n = sizes[t]
+        new = step(pieces[t], *(s[:n] for s in state))
+        hidden[t] = new[0]
+        state = new if n == batch else tuple(torch.cat([a, s[n:]]) for a, s in zip(new, state, strict=True))
+    if not hidden:
+        return (x.new_empty((*x.shape[:-1], state[0].shape[1])), *state)
+    return (torch.stack(hidden) if batch_sizes is None else torch.cat(hidden), *state)
+
+
+def use_kernel(op: str, x: Tensor) -> bool:
+    return (
+        isinstance(x, Tensor)
+        and (x.dtype is torch.float32 or x.dtype is torch.float64)
+        and _native.use_kernel(op, x)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def sequence(
+    op: str,
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Weights,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    packed: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """All hidden states and the last state, by the kernel."""
+    try:
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *state, *weights)):
+            return _Sequence.apply(op, batch_sizes, reverse, packed, x, *state, *weights)  # type: ignore[no-untyped-call]
+        return getattr(torch.ops.pyflowgen, op).default(x, *state, *weights, batch_sizes, reverse, packed)
+    except (AttributeError, IndexError, RuntimeError):  # the operator checks everything; this finds the words
+        check(op, x, state, weights, batch_sizes)
+        _sizes(x, state[0].shape[0], batch_sizes)
+        raise
+
+
+class _Sequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, batch_sizes, reverse, packed, *tensors):  # type: ignore[no-untyped-def]
+        keep = getattr(torch.ops.pyflowgen, f"{op}_keep").default
+        *outputs, gates, extra = keep(*tensors, batch_sizes, reverse, packed)
+        ctx.save_for_backward(batch_sizes, outputs[0], gates, extra, *tensors)
+        ctx.op, ctx.reverse = op, reverse
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        batch_sizes, y, gates, extra, *tensors = ctx.saved_tensors
+        need = ctx.needs_input_grad[4:]
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+            inputs = [t for t, n in zip(tensors, need, strict=True) if n]
+            outputs = _CELLS[ctx.op][2](*tensors, batch_sizes, ctx.reverse)
+            pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+            ends, starts = [o for o, _ in pairs], [g for _, g in pairs]
+            some = torch.autograd.grad(ends, inputs, starts, create_graph=True, allow_unused=True) if pairs else ()
+            found = iter(some or [None] * len(inputs))
+            return None, None, None, None, *(next(found) if n else None for n in need)
+        backward = getattr(torch.ops.pyflowgen, f"{ctx.op}_backward").default
+        all_grads = backward(
+            *grads, *tensors[:-2], batch_sizes, ctx.reverse, y, gates, extra, need[0], any(need[-4:])
+        )  # fmt: skip
+        return None, None, None, None, *(g if n else None for g, n in zip(all_grads, need, strict=True))
+
+
+def register(op: str, gates: int, states: tuple[str, ...], reference: Callable[..., tuple[Tensor, ...]]) -> None:
+    """Give the operators of ``op`` their fakes, and the gradient its reference."""
+    _CELLS[op] = gates, states, reference
+    n = len(states)
+
+    def fake(x, *rest, packed=None):  # type: ignore[no-untyped-def]
+        check(op, x, rest[:n], rest[n : n + 4], rest[n + 4])
+        return x.new_empty((*x.shape[:-1], rest[0].shape[1])), *(x.new_empty(s.shape) for s in rest[:n])
+
+    def fake_keep(x, h, *rest, packed=None):  # type: ignore[no-untyped-def]
+        rows, hidden = x.shape[0] if x.dim() == 2 else x.shape[0] * x.shape[1], h.shape[1]
+        kept = x.new_empty((rows, gates * hidden)), x.new_empty((rows, hidden))
+        return *fake(x, h, *rest), *kept  # type: ignore[no-untyped-call]
+
+    def fake_backward(*args):  # type: ignore[no-untyped-def]
+        x, *state, w, u = args[n + 1 : 2 * n + 4]
+        need_dx, need_dweight = args[-2:]
+        weights = (w.shape, u.shape, w.shape[:1], w.shape[:1]) if need_dweight else ((0,),) * 4
+        shapes = x.shape if need_dx else (0,), *(s.shape for s in state), *weights
+        return tuple(x.new_empty(shape) for shape in shapes)
+
+    def fake_step(x, *rest):  # type: ignore[no-untyped-def]
+        new = tuple(x.new_empty(s.shape) for s in rest[:-1])
+        return new if n > 1 else new[0]
+
+    for suffix, function in (("", fake), ("_keep", fake_keep), ("_backward", fake_backward), ("_step", fake_step)):
+        _native.register(op + suffix, function)
+
+
+class Packed:
+    """Weights of one layer and direction as its kernels read them, made anew when a weight has changed.
+
+    Noticed are other tensors, other memory, and the version counter, which in-place writes and optimizers raise. Copies
+    of a module and its files on disk hold no packed weights.
+    """
+
+    __slots__ = ("dtype", "_packed", "_seen", "_versions")
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
+        self._packed: Tensor | None = None
+        self._seen: Weights = (torch.empty(0), torch.empty(0), None, None)
+        self._versions: tuple[int, ...] = ()
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[torch.dtype | None]]:
+        return Packed, (self.dtype,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return Packed(self.dtype)
+
+    def get(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor | None:
+        """The packed weights, or None where no kernel takes them."""
+        try:
+            versions: tuple[int, ...] = (w._version, v._version, w.data_ptr(), v.data_ptr())
+            if b is not None and d is not None:
+                versions += (b._version, d._version, b.data_ptr(), d.data_ptr())
+        except RuntimeError:  # inference tensors have no version
+            versions = ()
+        seen = self._seen
+        if versions == self._versions and seen[0] is w and seen[1] is v and seen[2] is b and seen[3] is d and versions:
+            return self._packed
+        if not use_kernel(op, w):
+            return None
+        if self.dtype is torch.int8 and not (w.isfinite().all() and v.isfinite().all()):
+            raise ValueError(f"{op}: a weight is not finite, which int8 cannot hold")
+        with torch.no_grad():
+            packed = getattr(torch.ops.pyflowgen, f"{op}_pack")(w, v, b, d, _STORAGE[self.dtype])
+        self._packed, self._seen, self._versions = packed, (w, v, b, d), versions
+        return packed
+
+
+def storage_of(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype | None:
+    """The dtype as :class:`Packed` takes it."""
+    if dtype is weight.dtype:
+        return None
+    if dtype not in _STORAGE or (dtype is not None and weight.dtype is not torch.float32):
+        raise ValueError(
+            f"dtype is {dtype} for {weight.dtype} weights, expected None, or torch.bfloat16 or torch.int8 for float32"
+        )
+    return dtype
+
+
+class SequenceLayer(nn.RNNBase):
+    """Layers and directions, packed sequences, batch first: torch's interface around one layer and one direction."""
+
+    _op: str
+    _states: int
+    _packs: list[Packed]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._packs = [Packed() for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
+
+    def _weights(self, index: int) -> Weights:
+        """Those of layer and direction ``index``."""
+        if self.bias:
+            return tuple(self._flat_weights[4 * index : 4 * index + 4])  # type: ignore[return-value]
+        return (*self._flat_weights[2 * index : 2 * index + 2], None, None)  # type: ignore[return-value]
+
+    def _runs(self, x: Tensor) -> bool:
+        """Whether the kernel takes this call; torch's own path takes the others."""
+        return self.proj_size == 0 and use_kernel(self._op, x)
+
+    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+        data = input.data if isinstance(input, PackedSequence) else input
+        if not self._runs(data):
+            return super().forward(input, hx)
+        self._update_flat_weights()
+        sizes = sorted_indices = unsorted_indices = None
+        batched = True
+        if isinstance(input, PackedSequence):
+            x, sizes, sorted_indices, unsorted_indices = input
+            batch = int(sizes[0])
+        else:
+            if input.dim() not in (2, 3):
+                raise ValueError(f"{type(self).__name__}: input has {input.dim()} dimensions, expected 2 or 3")
+            batched = input.dim() == 3
+            x = input if batched else input.unsqueeze(0 if self.batch_first else 1)
+            if self.batch_first:
+                x = x.transpose(0, 1)
+            batch = x.shape[1]
+        directions = 2 if self.bidirectional else 1
+        if hx is None:
+            state = [x.new_zeros(self.num_layers * directions, batch, self.hidden_size)] * self._states
+        else:
+            state = list(hx) if self._states > 1 else [hx]
+            if not batched:
+                for s in state:
+                    if s.dim() != 2:
+                        raise RuntimeError(f"For unbatched 2-D input, hx should be 2-D but got {s.dim()}-D tensor")
+                state = [s.unsqueeze(1) for s in state]
+            if sorted_indices is not None:
+                state = [s.index_select(1, sorted_indices) for s in state]
+        given = x.transpose(0, 1) if self.batch_first and sizes is None else x
+        self.check_forward_args(given, self._hidden(state), sizes)
+        if x.shape[0] == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        last: list[list[Tensor]] = [[] for _ in state]
+        for layer in range(self.num_layers):
+            outputs = []
+            for direction in range(directions):
+                i = layer * directions + direction
+                weights = self._weights(i)
+                packed = None  # in training weights change from call to call: only what is needed is packed, on the way
+                if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._packs[i].dtype is None:
+                    packed = self._packs[i].get(self._op, *weights)
+                y, *new = sequence(self._op, x, tuple(s[i] for s in state), weights, sizes, direction == 1, packed)
+                outputs.append(y)
+                for states, s in zip(last, new, strict=True):
+                    states.append(s)
+            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            if self.dropout and self.training and layer + 1 < self.num_layers:
+                x = F.dropout(x, self.dropout)
+        state = [s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in last]
+        if sizes is not None:
+            output = PackedSequence(x, sizes, sorted_indices, unsorted_indices)
+            if unsorted_indices is not None:
+                state = [s.index_select(1, unsorted_indices) for s in state]
+            return output, self._hidden(state)
+        if self.batch_first:
+            x = x.transpose(0, 1)
+        if not batched:
+            x, state = x.squeeze(0 if self.batch_first else 1), [s.squeeze(1) for s in state]
+        return x, self._hidden(state)
+
+    def _hidden(self, state: list[Tensor]) -> Any:
+        return tuple(state) if self._states > 1 else state[0]
+
+    def pack(self, dtype: torch.dtype | None = None) -> Any:
+        """Hold the weights that :meth:`step` reads in ``dtype``: None (their own), bfloat16 or int8. Returns self."""
+        dtype = storage_of(dtype, self._weights(0)[0])
+        self._packs = [Packed(dtype) for _ in self._packs]
+        return self
+
+    def init_state(self, batch: int) -> Any:
+        """Zeros, as the state of ``batch`` streams before their first step."""
+        weight = self._weights(0)[0]
+        shape = self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size
+        return self._hidden([weight.new_zeros(shape) for _ in range(self._states)])
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """The next step of streams ``x`` (batch, input_size): the output (batch, hidden_size) and the new state.
+
+        Equals the next step of :meth:`forward` up to rounding, without dropout and without gradients, on weights
+        that are packed once (see :meth:`pack`).
+        """
+        if self.bidirectional or self.proj_size:
+            raise ValueError(f"{type(self).__name__}.step: needs one direction and no projection")
+        parts = state if self._states > 1 else (state,)
+        new = []
+        for layer, packed in enumerate(self._packs):
+            weights = self._weights(layer)
+            panels = packed.get(self._op, *weights)
+            before = [s[layer] for s in parts]
+            if panels is None or _native._reference_only:
+                with torch.no_grad():
+                    after = _CELLS[self._op][2](x[None], *before, *weights)[1:]
+            else:
+                after = getattr(torch.ops.pyflowgen, f"{self._op}_step").default(x, *before, panels)
+                after = after if self._states > 1 else (after,)
+            x = after[0]
+            new.append(after)
+        return x, self._hidden([s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*new, strict=True)])
+
+
+class CellLayer(nn.RNNCellBase):
+    """torch's interface of one step, and the streaming one."""
+
+    _op: str
+    _states: int
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._pack = Packed()
+
+    def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
+        batched = input.dim() == 2
+        if not use_kernel(self._op, input) or not (batched or input.dim() == 1):
+            return super().forward(input, hx)
+        x = input if batched else input.unsqueeze(0)
+        if hx is None:
+            state = [x.new_zeros(x.shape[0], self.hidden_size)] * self._states
+        else:
+            state = list(hx) if self._states > 1 else [hx]
+            if any(s.dim() not in (1, 2) for s in state):
+                return super().forward(input, hx)  # which raises
+            if not batched:
+                state = [s.unsqueeze(0) for s in state]
+        p = self._parameters
+        weights: Weights = (p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"])  # type: ignore[assignment]
+        packed = None
+        if not torch.compiler.is_compiling() and self._pack.dtype is None:
+            packed = self._pack.get(self._op, *weights)
+        if packed is None or (
+            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *state, *weights))
+        ):
+            new = sequence(self._op, x.unsqueeze(0), tuple(state), weights, None, False, packed)[1:]
+        else:
+            found = getattr(torch.ops.pyflowgen, f"{self._op}_step").default(x, *state, packed)
+            new = found if self._states > 1 else (found,)
+        new = new if batched else tuple(s.squeeze(0) for s in new)
+        return new if self._states > 1 else new[0]
+
+    def _plain(self, x: Tensor, state: Any) -> Any:
+        """A step where no kernel runs."""
+        with torch.no_grad():
+            return super().forward(x, state)
+
+    def pack(self, dtype: torch.dtype | None = None) -> Any:
+        """Hold the weights that :meth:`step` reads in ``dtype``: None (their own), bfloat16 or int8. Returns self.
+
+        The state and all sums stay float32. int8 has a scale for each row of the weights, and turns x and the hidden
+        state into 8 bits with a scale for each step.
+        """
+        self._pack = Packed(storage_of(dtype, self.weight_hh))
+        return self
+
+    def init_state(self, batch: int) -> Any:
+        """Zeros, as the state of ``batch`` streams before their first step."""
+        state = [self.weight_hh.new_zeros(batch, self.hidden_size) for _ in range(self._states)]
+        return tuple(state) if self._states > 1 else state[0]
+
+    def step(self, x: Tensor, state: Any) -> Any:
+        """:meth:`forward` without gradients, for x (batch, input_size), on weights packed once (see :meth:`pack`)."""
+        raise NotImplementedError
