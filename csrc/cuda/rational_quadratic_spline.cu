@@ -4,9 +4,10 @@
 // Floor, K bins, n transformed elements of b bytes and r copied ones: forward reads x and 3 K - 1 parameters and writes
 // y, ((3 K + 1) n + 2 r) b bytes; backward reads those and dy and writes their gradients, ((6 K + 1) n + 2 r) b bytes.
 // The kernels move just that, plus a mask's byte for each element and 16 bytes for each of at most 2048 + batch partial
-// sums where a row is cut. About 60 operations a bin forward and 70 backward (two exponentials, two sums without error,
-// two knots), 10 a parameter to stage it, and 300 an element: in float32 with 8 bins some 1,000 where an H100 has 850
-// instruction slots an element at its memory's speed, and 1,300 of 1,700 backward.
+// sums where a row is cut. About 100 operations a bin forward and 110 backward (two exponentials, two sums twice
+// without error, two knots), 10 a parameter to stage it, and 300 an element: in float32 with 8 bins some 1,300 where an
+// H100 has 850 instruction slots an element at its memory's speed, and 1,700 of 1,700 backward: arithmetic is the limit
+// forward.
 //
 // A block takes whole rows, or a piece of a long one, as many elements at a time as fit: 256 of up to 15 bins in
 // float32. Parameters that lie in runs, one an element, are copied by all threads of the block, neighbours reading
@@ -156,9 +157,11 @@ template <class C> struct Sum {
     lost += (sum - (next - added)) + (e - added);
     sum = next;
   }
-  // Twice this less the total.
+  // Twice this less the total, with one rounding but for that of what was lost.
   __device__ __forceinline__ C from_middle(const Sum& total) const {
-    return (sum + sum - total.sum) + (lost + lost - total.lost);
+    const C twice = sum + sum, difference = twice - total.sum, subtracted = twice - difference;
+    const C error = (twice - (difference + subtracted)) + (subtracted - total.sum);
+    return difference + (error + (lost + lost - total.lost));
   }
 };
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import test_rational_quadratic_spline as battery  # noqa: E402
+import test_rational_quadratic_spline as battery
 
-import pyflowgen  # noqa: E402
-from pyflowgen import _native  # noqa: E402
+import pyflowgen
+from pyflowgen import _native
 
 for name in ("values_and_gradients", "opcheck", "round_trip_errs_at_most_twice_what_rounding_y_costs"):
     globals()[f"test_{name}"] = getattr(battery, f"test_{name}")
