@@ -87,4 +87,14 @@ PYFLOWGEN_PER_ISA(
 )
 // clang-format on
 
+// The launchers of csrc/cuda. Where a row is cut into several segments the forward one needs `partial`,
+// (batch, segments). `stream` is a cudaStream_t.
+namespace cuda {
+int64_t rational_quadratic_spline_segments(const RationalQuadraticSplineOptions&);
+template <class T, class A>
+void rational_quadratic_spline(const RationalQuadraticSplineForward<T, A>&, double* partial, void* stream);
+template <class T, class A>
+void rational_quadratic_spline_backward(const RationalQuadraticSplineBackward<T, A>&, void* stream);
+}  // namespace cuda
+
 }  // namespace pyflowgen

@@ -20,7 +20,7 @@ HERE = ROOT / "tests" / "cuda_on_cpu"
 sys.path.insert(0, str(HERE))
 import build  # noqa: E402
 
-OPS = ("affine_coupling", "slogdet")
+OPS = ("affine_coupling", "rational_quadratic_spline", "slogdet")
 FLOAT_ONLY = ["-DPYFLOWGEN_FLOAT_ONLY"]
 
 pytestmark = pytest.mark.skipif(
@@ -111,6 +111,21 @@ PLANTED = {
     ),
     "the sign of an exchange forgotten": (
         "slogdet", "slogdet.cu", "row == k ? pivot : -pivot", "pivot", None, "sign is",
+    ),
+    "sums read before all are there": (
+        "rational_quadratic_spline", "rational_quadratic_spline.cu",
+        "  sums[own] = total;\n  __syncthreads();\n", "  sums[own] = total;\n",
+        "thread", "ThreadSanitizer: data race",
+    ),
+    "an element beyond the batch": (
+        "rational_quadratic_spline", "rational_quadratic_spline.cu",
+        "row + cut.rows < cut.batch ? row + cut.rows : cut.batch", "row + cut.rows",
+        "address", "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "more elements than shared memory has places for": (
+        "rational_quadratic_spline", "rational_quadratic_spline.cu",
+        "size_t(cut.each) * size_t(cut.pitch)", "size_t(cut.each) * size_t(cut.pitch - 1)",
+        "address", "AddressSanitizer: heap-buffer-overflow",
     ),
 }  # fmt: skip
 

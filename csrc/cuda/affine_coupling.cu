@@ -24,14 +24,6 @@ namespace formula = pyflowgen::PYFLOWGEN_ISA::formula;
 
 // ------------------------------------------------------------------------------------------------ how work is cut
 
-template <class T> struct View {
-  T* p;
-  Strides s;
-  __device__ __forceinline__ T* at(int64_t row, int64_t channel, int64_t inner) const {
-    return p + row * s.batch + channel * s.channel + inner * s.inner;
-  }
-};
-
 struct Cut {
   int64_t batch, units, per_segment;  // units of W elements a row
   int64_t start, step, count;
@@ -139,15 +131,6 @@ template <int W, class T, class A, AffineScale... Scale> __global__ void __launc
     if (t.partial) t.partial[here.row * gridDim.y + blockIdx.y] = total;
     else t.logdet[here.row] = A(t.cut.inverse ? -total : total);
   }
-}
-
-// logdet[row] from the row's partial sums; a block a row.
-template <class A> __global__ void __launch_bounds__(threads)
-    finish_kernel(const double* partial, int64_t segments, bool inverse, A* logdet) {
-  double total = 0;
-  for (int64_t i = threadIdx.x; i < segments; i += threads) total += partial[blockIdx.x * segments + i];
-  total = sum_lanes(total, threads);
-  if (threadIdx.x == 0) logdet[blockIdx.x] = A(inverse ? -total : total);
 }
 
 template <class T, class A> struct BackwardTask {
@@ -296,7 +279,7 @@ template <class T, class A> void affine_coupling(const AffineCouplingForward<T, 
     });
   }
   if (segments > 1 && !as.o.elementwise)
-    PYFLOWGEN_LAUNCH(&finish_kernel<A>, unsigned(a.o.batch), threads, 0, stream, partial, segments, a.o.inverse,
+    PYFLOWGEN_LAUNCH(&sum_segments<A>, unsigned(a.o.batch), threads, 0, stream, partial, segments, a.o.inverse,
                      a.logdet);
 }
 

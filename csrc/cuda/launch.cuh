@@ -79,4 +79,13 @@ __device__ __forceinline__ double sum_lanes(double v, int lanes) {
   return v;
 }
 
+// logdet[row] from the row's partial sums; a block a row.
+template <class A> static __global__ void __launch_bounds__(threads)
+    sum_segments(const double* partial, int64_t segments, bool inverse, A* logdet) {
+  double total = 0;
+  for (int64_t i = threadIdx.x; i < segments; i += threads) total += partial[blockIdx.x * segments + i];
+  total = sum_lanes(total, threads);
+  if (threadIdx.x == 0) logdet[blockIdx.x] = A(inverse ? -total : total);
+}
+
 }  // namespace pyflowgen::cuda

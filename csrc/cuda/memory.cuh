@@ -3,6 +3,7 @@
 
 #include "cuda/launch.cuh"
 #include "storage.h"
+#include "strides.h"
 
 namespace pyflowgen::cuda {
 
@@ -60,5 +61,14 @@ template <int W, class T> __device__ __forceinline__ Vector<T, W> load(const T* 
 template <int W, class T> __device__ __forceinline__ void store(T* p, const Vector<T, W>& v) {
   *reinterpret_cast<Vector<T, W>*>(p) = v;
 }
+
+// A tensor seen as (batch, channels, inner).
+template <class T> struct View {
+  T* p;
+  Strides s;
+  __device__ __forceinline__ T* at(int64_t row, int64_t channel, int64_t inner) const {
+    return p + row * s.batch + channel * s.channel + inner * s.inner;
+  }
+};
 
 }  // namespace pyflowgen::cuda

@@ -27,10 +27,25 @@ namespace {
 
 constexpr size_t stack_bytes = 256 << 10;
 
-// Stacks are kept from block to block.
+// Stacks are kept from block to block; under TSan, which would take two threads' variables at one address for shared
+// ones, to the launch's end, and each block has its own, from `first` on.
 struct Stacks {
   std::vector<void*> all;
+  size_t first = 0;
+  void end_block([[maybe_unused]] size_t threads) {
+#if defined(CUDA_ON_CPU_TSAN)
+    first += threads;
+#endif
+  }
+  void end_launch() {
+#if defined(CUDA_ON_CPU_TSAN)
+    for (void* p : all) munmap(p, stack_bytes);
+    all.clear();
+    first = 0;
+#endif
+  }
   void* operator[](size_t i) {
+    i += first;
     while (all.size() <= i) {
       void* p = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) abort();
@@ -199,6 +214,7 @@ void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std:
     if (!progress) fail("waits at a barrier or warp operation that other threads never reach");
   }
   ended_shared.push_back(std::move(block->shared));
+  stacks.end_block(n);
   block = nullptr;
 }
 
@@ -230,6 +246,7 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
   acquire(end);
   destroy_ended();
   ended_shared.clear();
+  stacks.end_launch();
 }
 
 int sync_threads(bool predicate) {
