@@ -361,7 +361,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
       else b.dy = &zero;
       b.dlogdet = dlogdet ? data<T>(*dlogdet) : &zero;
       b.dlogdet_stride = dlogdet ? *joint_stride(*dlogdet, 0, dlogdet->dim()) : 0;
-      b.need_input = need_input || i > 0, b.need_parameters = need_parameters;
+      // The first step's scale learns from what its conditioner hands back, too.
+      b.need_input = need_input || i > 0 || (s.scaled && need_parameters), b.need_parameters = need_parameters;
       b.dx = out<T>(dx);
       if (s.layers) {
         b.dcontext = dcontext.numel() ? out<T>(dcontext) : nullptr;

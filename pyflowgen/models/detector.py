@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyflowgen.ops.gru import GRU
+from pyflowgen.ops.lstm import LSTM
+
 State = dict[str, Tensor]
 
 
@@ -176,7 +179,7 @@ def _foreign_weights(
 
 
 class Recurrence(nn.Module):
-    """One layer stack of ``nn.LSTM`` or ``nn.GRU`` as detectors use it: over clips with a state, and step by step.
+    """One layer stack of `LSTM` or `GRU` as detectors use it: over clips with a state, and step by step.
 
     The one place that says which recurrence runs.
 
@@ -194,8 +197,8 @@ class Recurrence(nn.Module):
         self.lstm = kind == "lstm"
         self.hidden, self.layers = hidden, layers
         between = dropout if layers > 1 else 0.0
-        cls = nn.LSTM if self.lstm else nn.GRU
-        self.rnn: nn.LSTM | nn.GRU = cls(n_in, hidden, layers, batch_first=True, dropout=between)
+        cls = LSTM if self.lstm else GRU
+        self.rnn: LSTM | GRU = cls(n_in, hidden, layers, batch_first=True, dropout=between)
 
     def init_state(self, batch: int) -> State:
         zero = next(self.parameters()).new_zeros(batch, self.layers, self.hidden)
@@ -210,17 +213,10 @@ class Recurrence(nn.Module):
         return y, {k: v.transpose(0, 1) for k, v in zip("hc", kept, strict=False)}
 
     def _step(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        # over a single frame nn.LSTM packs its weights anew at every call; the cell does not
-        after: dict[str, list[Tensor]] = {k: [] for k in state}
-        for i in range(self.layers):
-            weights = [getattr(self.rnn, f"{n}_l{i}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-            if self.lstm:
-                x, c = torch.lstm_cell(x, [state["h"][:, i], state["c"][:, i]], *weights)
-                after["c"].append(c)
-            else:
-                x = torch.gru_cell(x, state["h"][:, i], *weights)
-            after["h"].append(x)
-        return x[:, None], {k: torch.stack(v, 1) for k, v in after.items()}
+        before = tuple(state[k].transpose(0, 1).contiguous() for k in ("h", "c")[: 1 + self.lstm])
+        y, after = self.rnn.step(x, before if self.lstm else before[0])
+        kept = after if self.lstm else (after,)
+        return y[:, None], {k: v.transpose(0, 1) for k, v in zip("hc", kept, strict=False)}
 
 
 class LSTMDetector(Detector):

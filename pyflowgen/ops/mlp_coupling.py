@@ -514,7 +514,7 @@ def _many(
     steps: list[Step] = []
     taken = couplings = 0
     for layer, inverse in layers:
-        if _hooked(layer):
+        if _hooked(layer) or len(steps) > _MOST_STEPS:
             break
         before = steps[-1] if steps and not steps[-1].weights else None
         channelwise = layer.channelwise(x, inverse)
@@ -538,7 +538,7 @@ def _many(
                     permutation=before.permutation, scaled=before.scaled, log_scale=before.log_scale, shift=before.shift
                 )
         taken += 1
-    if not couplings or len(steps) > _MOST_STEPS:
+    if not couplings:
         return None
     y, logdet = run(x, context, steps)
     return taken, y, logdet
