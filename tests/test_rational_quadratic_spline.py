@@ -193,7 +193,8 @@ globals().update(
                 "resize", (2 * normal(batch, 6), normal(batch, 3 * 11)), dict(layout="channels", part=(3, 1), bins=4)
             ),
             bad=BAD,
-            draws=5,  # a few elements near the flattest parts make all the error
+            without_fma=2,
+            draws=12,  # a few elements near the flattest parts make all the error
         )
     )
 )
