@@ -19,7 +19,10 @@ SHOWN = {
         "8192x128 layer sigmoid_eps halves", "32x48x32x32 exp halves", "64x2 exp halves",
     ),
     "linear": ("16x512 -> 2048", "64x512 -> 2048", "1024x128 -> 128", "8192x2 -> 128"),
+    "rational_quadratic_spline": ("8192x32 8 bins softmax", "8192x32 8 bins softclip"),
+    "slogdet": ("8192x8x8",),
     "realnvp": ("1024x64 8 couplings 2x128",),
+    "nsf": ("1024x64 4 couplings 2x128 8 bins",),
 }  # fmt: skip
 MODES = ("forward", "forward+backward", "step")
 
