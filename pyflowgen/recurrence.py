@@ -226,7 +226,7 @@ class Packed:
 
     def _make(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor:
         make = getattr(torch.ops.pyflowgen, f"{op}_pack")
-        return make(w, v, b, d, _STORAGE[self.dtype])  # type: ignore[no-any-return]
+        return make(w, v, b, d, _STORAGE[self.dtype])
 
 
 def storage_of(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype | None:

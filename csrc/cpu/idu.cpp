@@ -146,7 +146,7 @@ template <class T> Kept forward(const Tensor& x, const Matrices& m, const Option
            PYFLOWGEN_CALL(idu_forward<T>, o, phase, t, start, begin, end, first, last);
          });
   std::copy_n(states + (keep ? s.window : s.window % 2) * state, state, out<T>(k.h));
-  if (!keep) k.states = k.inner = empty({0}, x), k.gates = empty({0}, x);
+  if (!keep) k.states = empty({0}, x), k.inner = empty({0}, x), k.gates = empty({0}, x);
   return k;
 }
 

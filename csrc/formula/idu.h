@@ -13,7 +13,7 @@ namespace pyflowgen::PYFLOWGEN_ISA::formula {
 
 // What is kept of a gate, and from it the gate and its derivative.
 template <class V> PYFLOWGEN_FORMULA V idu_gate(bool hard, V a) {
-  if (hard) return fma(splat<V>(Element<V>(0.2)), a, splat<V>(Element<V>(0.5)));
+  if (hard) return a * Element<V>(0.2) + Element<V>(0.5);  // rounded twice: then +-2.5 are the bounds themselves
   return sigmoid(a);
 }
 template <class V> PYFLOWGEN_FORMULA V idu_gate_value(bool hard, V gate) {

@@ -195,14 +195,15 @@ def _run(
     packed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`_windows` by the kernel."""
-    if reset not in _RESETS or gate not in _GATES or update not in _UPDATES:
+    if length is not None and length.dtype is not torch.int64:
+        _check(x, weight_x, weight_0, weight_h, bias, length, reset, gate, update)
+        length = length.long()
+    elif reset not in _RESETS or gate not in _GATES or update not in _UPDATES:
         _check(x, weight_x, weight_0, weight_h, bias, length, reset, gate, update)
     how = reset == "after", gate == "hard_sigmoid", update == "state"
-    if length is not None and length.dtype is not torch.int64:
-        length = length.long()
     tensors = x, weight_x, weight_0, weight_h, bias, length, cached
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _IDU.apply(how, *tensors)  # type: ignore[no-untyped-call, no-any-return]
+        return _IDU.apply(how, *tensors)  # type: ignore[no-untyped-call]
     h, given, *_ = torch.ops.pyflowgen.idu.default(*tensors, *how, False, packed)
     return h, given
 
@@ -223,9 +224,10 @@ class _IDU(torch.autograd.Function):
         need = ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             after, hard, keeps = ctx.how
-            how = _RESETS[after], tuple(_GATES)[hard], _UPDATES[keeps]
+            reset, gate, update = _RESETS[after], tuple(_GATES)[hard], _UPDATES[keeps]
+            results = _windows(x, weight_x, weight_0, weight_h, bias, length, cached, reset, gate, update)
             inputs = [t for t, n in zip(tensors, need, strict=True) if n]
-            pairs = [(o, g) for o, g in zip(_windows(*tensors, *how), (dh, dgiven), strict=True) if g is not None]
+            pairs = [(o, g) for o, g in zip(results, (dh, dgiven), strict=True) if g is not None]
             outputs, grads = zip(*pairs, strict=True)
             found = iter(torch.autograd.grad(outputs, inputs, grads, create_graph=True, allow_unused=True))
             return None, *(next(found) if n else None for n in need)
@@ -249,9 +251,9 @@ def _check(
     gate: str,
     update: str,
 ) -> None:
-    for name, value in (("x", x), ("weight_x", weight_x), ("weight_0", weight_0), ("weight_h", weight_h)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"idu: {name} must be a tensor, got {type(value).__name__}")
+    for name, given in (("x", x), ("weight_x", weight_x), ("weight_0", weight_0), ("weight_h", weight_h)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"idu: {name} must be a tensor, got {type(given).__name__}")
     if x.dim() != 3 or x.shape[1] < 1:
         raise ValueError(f"idu: x has shape {tuple(x.shape)}, expected (batch, time, embedding) with a chunk at least")
     hidden = weight_h.shape[-1] if weight_h.dim() else 0
@@ -260,9 +262,10 @@ def _check(
     for name, value in zip(expected, (weight_x, weight_0, weight_h, bias, length), strict=True):
         if value is not None and value.shape != expected[name]:
             raise ValueError(f"idu: {name} has shape {tuple(value.shape)}, expected {expected[name]}")
-        if value is not None and name != "length" and value.dtype != x.dtype:
-            if not torch.is_autocast_enabled(x.device.type):
-                raise TypeError(f"idu: {name} is {value.dtype}, expected x's {x.dtype}")
+        if value is None or name == "length" or torch.is_autocast_enabled(x.device.type):
+            continue
+        if value.dtype != x.dtype:
+            raise TypeError(f"idu: {name} is {value.dtype}, expected x's {x.dtype}")
     if length is not None and (length.is_floating_point() or length.is_complex()):
         raise TypeError(f"idu: length is {length.dtype}, expected integers")
     for name, chosen, known in (("reset", reset, _RESETS), ("gate", gate, tuple(_GATES)), ("update", update, _UPDATES)):
@@ -276,7 +279,7 @@ class _Panels(Packed):
 
     def _make(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor:
         assert b is not None
-        return torch.ops.pyflowgen.idu_pack.default(w, v, b)  # type: ignore[no-any-return]
+        return torch.ops.pyflowgen.idu_pack.default(w, v, b)
 
 
 class IDU(nn.Module):
@@ -331,19 +334,20 @@ class IDU(nn.Module):
     def forward(self, x: Tensor, length: Tensor | None = None) -> Tensor:
         """h of the last chunk of each window, ``(batch, H)``."""
         weights = self.weight_x, self.weight_0, self.weight_h, self.bias
-        if (panels := self._panels(x)) is None or x.dim() != 3:
+        if not _use_kernel(x):
             return idu(x, *weights, length, reset=self.reset, gate=self.gate, update=self.update)
         try:
-            return _run(x, *weights, length, None, self.reset, self.gate, self.update, panels)[0][:, 0]
+            return _run(x, *weights, length, None, self.reset, self.gate, self.update, self._panels(x))[0][:, 0]
         except (IndexError, RuntimeError):
             _check(x, *weights, length, self.reset, self.gate, self.update)
             raise
 
     def _panels(self, x: Tensor) -> Tensor | None:
-        """The packed weights where the kernel takes them: in training they change from call to call."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or not _use_kernel(x):
+        """The packed weights, where they are the same from call to call."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
             return None
-        return self._packed.get("idu", self.weight_x, self.weight_0, self.weight_h, None)
+        p = self._parameters
+        return self._packed.get("idu", p["weight_x"], p["weight_0"], p["weight_h"], None)  # type: ignore[arg-type]
 
     def init_cache(self, batch: int) -> tuple[Tensor, Tensor]:
         """Before the first frame: projections of the last ``window - 1`` chunks, and how many there are."""
@@ -361,15 +365,19 @@ class IDU(nn.Module):
         batch, count = x.shape[:2]
         if not count:
             return x.new_zeros(batch, 0, self.hidden), (kept, seen)
-        length = seen[:, None] + torch.arange(1, count + 1, device=x.device) if count > 1 else seen[:, None] + 1
-        length = length.clamp_(max=self.window)
-        arguments = x, self.weight_x, self.weight_0, self.weight_h, self.bias, length.flatten(), kept
+        if count == 1:
+            length = seen = (seen + 1).clamp_(max=self.window)
+        else:
+            many = (seen[:, None] + torch.arange(1, count + 1, device=x.device)).clamp_(max=self.window)
+            length, seen = many.flatten(), many[:, -1]
+        p = self._parameters
+        arguments = x, p["weight_x"], p["weight_0"], p["weight_h"], self.bias, length, kept
         options = self.reset, self.gate, self.update
         if _use_kernel(x):
-            h, given = _run(*arguments, *options, self._panels(x))
+            h, given = _run(*arguments, *options, self._panels(x))  # type: ignore[arg-type]
         else:
-            h, given = _windows(*arguments, *options)
-        return h, (given[:, count:], length[:, -1])
+            h, given = _windows(*arguments, *options)  # type: ignore[arg-type]
+        return h, (given[:, count:], seen)
 
     def extra_repr(self) -> str:
         return (
@@ -392,9 +400,9 @@ def _fake(x, weight_x, weight_0, weight_h, bias, length, cached, after, hard, ke
     return h, given, *(x.new_empty(shape) for shape in shapes)
 
 
-def _fake_backward(dh, dgiven, x, weight_x, weight_0, weight_h, length, after, hard, keeps, gates, states, inner, *need):  # type: ignore[no-untyped-def]
-    hidden, cached = weight_h.shape[1], dh.shape[1] + gates.shape[0] - 1 - x.shape[1]
-    weights = (weight_x.shape, weight_0.shape, weight_h.shape, (4 * hidden,)) if need[1] else ((0,),) * 4
+def _fake_backward(dh, dgiven, x, w_x, w_0, w_h, length, after, hard, keeps, gates, states, inner, *need):  # type: ignore[no-untyped-def]
+    hidden, cached = w_h.shape[1], dh.shape[1] + gates.shape[0] - 1 - x.shape[1]
+    weights = (w_x.shape, w_0.shape, w_h.shape, (4 * hidden,)) if need[1] else ((0,),) * 4
     shapes = x.shape if need[0] else (0,), (len(x), cached, 2 * hidden), *weights
     return tuple(x.new_empty(shape) for shape in shapes)
 
