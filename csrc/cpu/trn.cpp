@@ -10,32 +10,10 @@
 #include <optional>
 #include <tuple>
 
-#include "cpu/dense.h"
+#include "cpu/packed.h"
 
 namespace pyflowgen {
 namespace {
-
-// A matrix packed by linear_pack; y = activation(x matrix^T + bias).
-template <class T> struct Packed {
-  int64_t out_features, in;
-  const T* panels;
-  const T* bias;
-  void operator()(int64_t rows, const T* x, Activation activation, T* y) const {
-    if (rows == 1) {
-      const int64_t all = PYFLOWGEN_CALL(trn_row_panels<T>, out_features), threads = threads_for(in * out_features);
-      return in_threads(threads, [&](int64_t i) {
-        PYFLOWGEN_CALL(trn_row<T>, in, out_features, x, panels, bias, activation == Activation::relu, y,
-                       all * i / threads, all * (i + 1) / threads);
-      });
-    }
-    const LinearForward<T> o{
-        rows,       in, out_features, threads_for(rows * in * out_features), x, in, nullptr, panels, bias,
-        activation, y,  nullptr};
-    const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
-    in_threads(o.threads,
-               [&](int64_t i) { PYFLOWGEN_CALL(linear<T>, o, tasks * i / o.threads, tasks * (i + 1) / o.threads); });
-  }
-};
 
 template <class T>
 Packed<T> packed(const char* name, const Tensor& panels, const Tensor* bias, int64_t out_features, int64_t in) {
