@@ -6,11 +6,16 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <array>
 #include <initializer_list>
+#include <memory>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "cpu/dense.h"
+#include "cpu/recurrence_call.h"
+#include "cpu/team.h"
 
 namespace pyflowgen {
 namespace {
@@ -163,11 +168,11 @@ template <class T> Kept forward(const Tensor& given, const Tensor& h, const Tens
     }
     const T* states = gs[t] + B * H;
     if (before) {
-      PYFLOWGEN_CALL(trn_mean<T>, L, B * H, states, rows[t]);
+      PYFLOWGEN_CALL(trn_mean<T>, L, B * H, states, B * H, rows[t]);
       ahead(B, rows[t], Activation::relu, futures[t]);
     } else {
       ahead(L * B, states, Activation::relu, rows[t]);
-      PYFLOWGEN_CALL(trn_mean<T>, L, B * F, rows[t], futures[t]);
+      PYFLOWGEN_CALL(trn_mean<T>, L, B * F, rows[t], B * F, futures[t]);
     }
   };
   for (int64_t t = 0; t < T_; ++t) {
@@ -365,12 +370,251 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {d.dgiven, d.ddec_gates, d.dq, d.du, d.drows, d.dhx, d.dcx, d.dh, d.dc, d.dfuture};
 }
 
+// ---- a stream's step
+// ------------------------------------------------------------------------------------------------- Its weights lie in
+// one tensor, in the order of the products; see trn_pack in csrc/trn.cpp for what it is made of.
+enum Product { input, encoder, hx_layer, cx_layer, decoder, future_layer, classifier_layer, fusion_layer, products };
+inline constexpr bool is_cell(int product) { return product == encoder || product == decoder; }
+// So small, and so near to the scores, that they keep the weights' own dtype.
+inline constexpr bool is_exact(int product) { return product >= classifier_layer; }
+
+// f<W>() with the storage of a product.
+template <class T, class W, class F> auto with_storage(int product, const F& f) {
+  return is_exact(product) ? f.template operator()<T>() : f.template operator()<W>();
+}
+
+template <class T> std::array<TrnWeights<T>, products> stream_shapes(int64_t F, int64_t H, int64_t C) {
+  std::array<TrnWeights<T>, products> w{};
+  const auto shape = [&](int product, int64_t units, int64_t a, int64_t b = 0, int64_t c = 0) {
+    w[product].cell = is_cell(product), w[product].units = units;
+    w[product].depth[0] = a, w[product].depth[1] = b, w[product].depth[2] = c;
+  };
+  shape(input, F, F), shape(encoder, H, F, F, H), shape(hx_layer, H, H), shape(cx_layer, H, H);
+  shape(decoder, H, H, H), shape(future_layer, F, H), shape(classifier_layer, C, H), shape(fusion_layer, H, C);
+  return w;
+}
+
+// Where each product's weights begin, in bytes, and where the last one's end.
+template <class T, class W>
+std::array<int64_t, products + 1> stream_layout(const std::array<TrnWeights<T>, products>& shapes) {
+  std::array<int64_t, products + 1> at{};
+  for (int p = 0; p < products; ++p)
+    at[p + 1] = at[p] + with_storage<T, W>(
+                            p, [&]<class V>() { return PYFLOWGEN_CALL_OF((trn_packed_bytes<T, V>), shapes[p]); });
+  return at;
+}
+
+Tensor trn_pack(std::vector<Tensor> weights, int64_t storage) {
+  STD_TORCH_CHECK(weights.size() == 18, "trn_pack: expected 18 weights, got ", weights.size());
+  for (Tensor& t : weights) t = dense(t);
+  const Tensor &enc = weights[2], &classifier = weights[16];
+  STD_TORCH_CHECK(enc.dim() == 2 && classifier.dim() == 2, "trn_pack: matrices must have two dimensions");
+  const int64_t F = enc.size(1) / 2, H = classifier.size(1), C = classifier.size(0);
+  const int64_t shapes[18][2] = {{F, F},     {F, 1},     {4 * H, 2 * F}, {4 * H, H}, {4 * H, 1}, {4 * H, H},
+                                 {4 * H, H}, {4 * H, 1}, {H, H},         {H, 1},     {H, H},     {H, 1},
+                                 {H, C},     {H, 1},     {F, H},         {F, 1},     {C, H},     {C, 1}};
+  const ScalarType dtype = enc.scalar_type();
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor& t = weights[i];
+    STD_TORCH_CHECK(t.dim() >= 1 && t.size(0) == shapes[i][0] && t.numel() == shapes[i][0] * shapes[i][1] &&
+                        t.scalar_type() == dtype,
+                    "trn_pack: weight ", i, " has shape ", shape_of(t), ", expected (", shapes[i][0], ", ",
+                    shapes[i][1], ") and the dtype of the others");
+  }
+  STD_TORCH_CHECK(dtype == ScalarType::Float || (dtype == ScalarType::Double && storage == 0),
+                  "trn_pack: the kernel takes float32 and float64, bf16 and int8 storage float32");
+  return recurrence::with_type(enc, [&]<class T>() {
+    const auto as = [&]<class W>(ScalarType packed_dtype) {
+      auto all = stream_shapes<T>(F, H, C);
+      const auto set = [&](int product, std::initializer_list<const T*> matrices, std::initializer_list<int64_t> rows,
+                           int bias) {
+        std::copy(matrices.begin(), matrices.end(), all[product].weight);
+        std::copy(rows.begin(), rows.end(), all[product].weight_row);
+        all[product].bias = data<T>(weights[bias]);
+      };
+      const auto at = [&](int i) { return data<T>(weights[i]); };
+      set(input, {at(0)}, {F}, 1);
+      set(encoder, {at(2), at(2) + F, at(3)}, {2 * F, 2 * F, H}, 4);
+      set(decoder, {at(5), at(6)}, {H, H}, 7);
+      set(hx_layer, {at(8)}, {H}, 9), set(cx_layer, {at(10)}, {H}, 11), set(fusion_layer, {at(12)}, {C}, 13);
+      set(future_layer, {at(14)}, {H}, 15), set(classifier_layer, {at(16)}, {H}, 17);
+      const auto layout = stream_layout<T, W>(all);
+      const Tensor packed = torch::stable::new_empty(enc, {layout[products] / int64_t(sizeof(W))}, packed_dtype);
+      recurrence::use_large_pages(packed, layout[products]);
+      for (int p = 0; p < products; ++p) {
+        const TrnWeights<T>& w = all[p];
+        const int64_t deepest = *std::max_element(w.depth, w.depth + trn_parts);
+        const int64_t blocks = PYFLOWGEN_CALL(trn_blocks<T>, w.cell, w.units);
+        const int64_t threads = std::min(blocks, threads_for(8 * blocks * trn_block_rows * deepest));
+        in_threads(threads, [&](int64_t i) {
+          std::vector<T> scratch(size_t(trn_block_rows * deepest));
+          with_storage<T, W>(p, [&]<class V>() {
+            PYFLOWGEN_CALL_OF((trn_pack<T, V>), w, static_cast<char*>(packed.data_ptr()) + layout[p], scratch.data(),
+                              blocks * i / threads, blocks * (i + 1) / threads);
+          });
+        });
+      }
+      return packed;
+    };
+    if constexpr (std::is_same_v<T, float>) {
+      if (recurrence::Storage(storage) == recurrence::Storage::bf16)
+        return as.template operator()<bf16>(ScalarType::BFloat16);
+      if (recurrence::Storage(storage) == recurrence::Storage::int8)
+        return as.template operator()<int8_t>(ScalarType::Char);
+    }
+    return as.template operator()<T>(dtype);
+  });
+}
+
+// What a frame needs and gives; buffers are dense.
+template <class T> struct Step {
+  int64_t batch, features, hidden, classes, steps;
+  bool before, previous;
+  const T *frame, *h, *c, *future;
+  T *scores, *ahead, *h_next, *c_next, *future_next;
+};
+
+// All of a frame in one region. What each product writes, its threads share block by block; they meet where the next
+// one reads it. The decoder's scores are so small a product that each thread makes them for itself.
+template <class T, class W> void step_as(const Step<T>& o, const Tensor& packed) {
+  const int64_t B = o.batch, F = o.features, H = o.hidden, C = o.classes, L = o.steps;
+  const auto shapes = stream_shapes<T>(F, H, C);
+  const auto layout = stream_layout<T, W>(shapes);
+  STD_TORCH_CHECK(packed.numel() * int64_t(sizeof(W)) == layout[products] && packed.is_contiguous(),
+                  "trn_step: the frame and the state have ", F, " and ", H, " features, ", C,
+                  " classes, the packed weights do not");
+  if (B == 0) return;
+  std::array<int64_t, products> blocks, scratch_of;
+  int64_t scratch = 0;
+  for (int p = 0; p < products; ++p) {
+    blocks[p] = PYFLOWGEN_CALL(trn_blocks<T>, shapes[p].cell, shapes[p].units);
+    const int64_t depth = shapes[p].depth[0] + shapes[p].depth[1] + shapes[p].depth[2];
+    scratch_of[p] = with_storage<T, W>(p, [&]<class V>() {
+      return PYFLOWGEN_CALL_OF((trn_scratch_bytes<T, V>), (p == future_layer && !o.before ? L : 1) * B, depth);
+    });
+    scratch = std::max(scratch, scratch_of[p]);
+  }
+  scratch = (scratch + 63) / 64 * 64;
+  // Weights of the decoder that one core reads in less time than two need to meet.
+  constexpr int64_t least = 256 << 10;
+  const int64_t work = (layout[decoder + 1] - layout[decoder]) * std::max<int64_t>(1, B / 4);
+  const int64_t threads = work < least ? 1 : torch::stable::get_num_threads();
+  // Of all: x, the decoder's states and cells, rows of the future. Of each thread: u, a frame's scores, a mean.
+  const int64_t shared = B * F + (L + 2) * B * H + (o.before ? 0 : L * B * F), own = 2 * B * H + B * C;
+  const auto room = std::make_unique_for_overwrite<T[]>(size_t(shared + threads * own));
+  const auto bytes = std::make_unique_for_overwrite<char[]>(size_t(threads * scratch));
+  T *x = room.get(), *states = x + B * F, *cells = states + (L + 1) * B * H, *rows = cells + B * H;
+  const char* weights = static_cast<const char*>(packed.data_ptr());
+
+  const auto frame = [&](int64_t place, int64_t size, const auto& meet) {
+    T *u = room.get() + shared + place * own, *mean = u + B * H, *q = mean + B * H;
+    const auto multiply = [&](int p, int64_t n, std::initializer_list<const T*> in, bool relu, T* y, const T* c,
+                              T* c_next, int64_t from, int64_t parts) {
+      TrnProduct<T> product{is_cell(p), relu, n, shapes[p].units, {}, {}, weights + layout[p], y, c, c_next};
+      std::copy_n(shapes[p].depth, trn_parts, product.depth);
+      std::copy(in.begin(), in.end(), product.in);
+      with_storage<T, W>(p, [&]<class V>() {
+        PYFLOWGEN_CALL_OF((trn_product<T, V>), product, blocks[p] * from / parts, blocks[p] * (from + 1) / parts,
+                          bytes.get() + place * scratch);
+      });
+    };
+    const auto share = [&](int p, int64_t n, std::initializer_list<const T*> in, bool relu, T* y, const T* c = nullptr,
+                           T* c_next = nullptr) { multiply(p, n, in, relu, y, c, c_next, place, size); };
+    const auto alone = [&](int p, const T* in, bool relu, T* y) {
+      multiply(p, B, {in}, relu, y, nullptr, nullptr, 0, 1);
+    };
+    const auto decode = [&](const T* h, const T* c) {
+      share(hx_layer, B, {h}, true, states), share(cx_layer, B, {c}, true, cells);
+      meet();
+      for (int64_t i = 0; i < L; ++i) {
+        T* g = states + (i + 1) * B * H;
+        share(decoder, B, {i ? u : nullptr, g - B * H}, false, g, cells, cells);
+        meet();
+        if (i + 1 == L && place) continue;  // nobody asks for its u
+        alone(classifier_layer, g, false, q);
+        if (i + 1 < L) alone(fusion_layer, q, true, u);
+        if (!place)
+          for (int64_t b = 0; b < B; ++b) std::copy_n(q + b * C, C, o.ahead + (b * L + i) * C);
+      }
+      if (o.before) {
+        PYFLOWGEN_CALL(trn_mean<T>, L, B * H, states + B * H, B * H, mean);
+        share(future_layer, B, {mean}, true, o.future_next);
+      } else {
+        share(future_layer, L * B, {states + B * H}, true, rows);
+        meet();
+        const int64_t from = B * F * place / size, to = B * F * (place + 1) / size;
+        PYFLOWGEN_CALL(trn_mean<T>, L, to - from, rows + from, B * F, o.future_next + from);
+      }
+    };
+    share(input, B, {o.frame}, true, x);
+    if (o.previous) decode(o.h, o.c);
+    meet();
+    share(encoder, B, {x, o.previous ? o.future_next : o.future, o.h}, false, o.h_next, o.c, o.c_next);
+    meet();
+    if (place + 1 == size) alone(classifier_layer, o.h_next, false, o.scores);
+    if (!o.previous) decode(o.h_next, o.c_next);
+  };
+  if (threads == 1) return frame(0, 1, [] {});
+  Team team(threads);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const int64_t place = team.join(end - begin);
+    if (place >= 0) frame(place, team.size(), [&] { team.meet(); });
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> trn_step(Tensor frame, Tensor h, Tensor c, Tensor future,
+                                                            Tensor packed, int64_t classes, int64_t steps, bool before,
+                                                            bool previous) {
+  const ScalarType dtype = frame.scalar_type(), storage = packed.scalar_type();
+  STD_TORCH_CHECK(frame.dim() == 2 && h.dim() == 2 && c.dim() == 2 && future.dim() == 2 && h.size(0) == frame.size(0) &&
+                      c.size(0) == h.size(0) && c.size(1) == h.size(1) && future.size(0) == frame.size(0) &&
+                      future.size(1) == frame.size(1) && steps >= 1 && classes >= 1,
+                  "trn_step: frame ", shape_of(frame), ", h ", shape_of(h), ", c ", shape_of(c), " and future ",
+                  shape_of(future), " do not fit, expected (batch, F), twice (batch, H) and (batch, F)");
+  for (const Tensor* t : {&frame, &h, &c, &future})
+    STD_TORCH_CHECK(t->scalar_type() == dtype, "trn_step: frame and state must have one dtype");
+  STD_TORCH_CHECK((dtype == ScalarType::Float || dtype == ScalarType::Double) &&
+                      (storage == dtype || (dtype == ScalarType::Float &&
+                                            (storage == ScalarType::BFloat16 || storage == ScalarType::Char))),
+                  "trn_step: frame and state must have the dtype that the weights were packed from");
+  const Tensor v = dense(frame), dense_h = dense(h), dense_c = dense(c), dense_future = dense(future);
+  const int64_t B = v.size(0), H = h.size(1), F = v.size(1);
+  const Tensor scores = empty({B, classes}, v), ahead = empty({B, steps, classes}, v), h_next = empty({B, H}, v),
+               c_next = empty({B, H}, v), future_next = empty({B, F}, v);
+  recurrence::with_type(v, [&]<class T>() {
+    const Step<T> o{B,
+                    F,
+                    H,
+                    classes,
+                    steps,
+                    before,
+                    previous,
+                    data<T>(v),
+                    data<T>(dense_h),
+                    data<T>(dense_c),
+                    data<T>(dense_future),
+                    out<T>(scores),
+                    out<T>(ahead),
+                    out<T>(h_next),
+                    out<T>(c_next),
+                    out<T>(future_next)};
+    if constexpr (std::is_same_v<T, float>) {
+      if (storage == ScalarType::BFloat16) return step_as<T, bf16>(o, packed);
+      if (storage == ScalarType::Char) return step_as<T, int8_t>(o, packed);
+    }
+    step_as<T, T>(o, packed);
+  });
+  return {scores, ahead, h_next, c_next, future_next};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowgen, CPU, m) {
   m.impl("trn", TORCH_BOX(&trn));
   m.impl("trn_keep", TORCH_BOX(&trn_keep));
   m.impl("trn_backward", TORCH_BOX(&trn_backward));
+  m.impl("trn_pack", TORCH_BOX(&trn_pack));
+  m.impl("trn_step", TORCH_BOX(&trn_step));
 }
 
 }  // namespace pyflowgen
