@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from pyflowgen.kernels import tile
 from pyflowgen.kernels.elementary import atan, divide, exp, log1p_unit, log_normal, reciprocal, softplus, tanh
+from pyflowgen.kernels.tile import NONE, View, at
 from torch import Tensor
 
 # The operator's `scale` and `layout` codes: csrc/formula/affine_scale.h, csrc/affine_coupling_call.h.
@@ -33,10 +34,6 @@ SOFTCLIP = tl.constexpr(5)
 ATAN = tl.constexpr(6)
 SOFTPLUS = tl.constexpr(7)
 SEPARATE, HALVES, INTERLEAVED, PAIRS = range(4)
-
-# A tensor as (batch, channels, inner), or none.
-View = tuple[Tensor | None, tile.Strides]
-NONE: View = (None, (0, 0, 0))
 
 
 @triton.jit
@@ -106,11 +103,6 @@ def position(e, sizes, CHANNEL_FASTEST: tl.constexpr):
         i = e - c * sizes[2]
     k = (c - sizes[3]) // sizes[4]
     return c, i, k, (c >= sizes[3]) & (k * sizes[4] == c - sizes[3]) & (k < sizes[5])
-
-
-@triton.jit
-def at(pointer, strides, row, c, i):
-    return pointer + (row * strides[0] + c * strides[1] + i * strides[2])
 
 
 # sizes: batch, channels, inner, start, step, count, elements of an event, columns of a segment.
@@ -264,18 +256,9 @@ class _Call:
                 f"{name} is {t.dtype} {tuple(t.shape)} on {t.device}, expected {x.dtype} {tuple(shape)} on {x.device}"
             )
 
-    def check_gradients(self, dy: Tensor | None, dlogdet: Tensor | None) -> None:
-        self._same("dy", dy, self.x, list(self.x.shape))
-        if dlogdet is not None and not (
-            dlogdet.shape == self.x.shape[: self.batch_dims]
-            and dlogdet.dtype == self.accumulator
-            and dlogdet.device == self.x.device
-        ):
-            _fail("dlogdet must have the batch's shape and the log-determinant's dtype")
-
     def tiles(self) -> tile.Tiles:
         batch, channels, inner = self.sizes[:3]
-        return tile.tiles(batch, channels * inner, self.accumulator == torch.float64)
+        return tile.tiles(batch, channels * inner, tile.TILE // (4 if self.accumulator == torch.float64 else 1))
 
     def view(self, t: Tensor | None) -> View:
         return NONE if t is None else tile.strided(t, self.batch_dims, self.dims)
@@ -296,12 +279,6 @@ class _Call:
         c *= 1 if self.layout == HALVES else 2
         s = params.narrow(self.batch_dims, second, params.shape[self.batch_dims] - second)
         return (params, (b, c, i)), (s, (b, c, i))
-
-    def output(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What is returned, of `like`'s strides, and what the kernel writes: the same unless it has no such view."""
-        result = torch.empty_like(like)
-        viewable = tile.view3(result, self.batch_dims, self.dims) is not None
-        return result, result if viewable else torch.empty_like(like, memory_format=torch.contiguous_format)
 
     def launch(
         self, kernel: Any, t: tile.Tiles, views: Sequence[View], per_channel: Sequence[int], *extra: View
@@ -333,7 +310,7 @@ def affine_coupling(
     scale: int, clamp: float, shift_first: bool, inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)
-    y, written = call.output(x)
+    y, written = tile.output(x, call.batch_dims, call.dims)
     logdet = x.new_empty(x.shape[: call.batch_dims], dtype=call.accumulator)
     if call.empty:
         return y.copy_(x), logdet.zero_()
@@ -351,8 +328,8 @@ def affine_coupling_backward(
     inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)
-    call.check_gradients(dy, dlogdet)
-    outputs = [call.output(t) for t in (x, params, log_scale) if t is not None]
+    tile.check_gradients("affine_coupling", dy, dlogdet, x, call.batch_dims)
+    outputs = [tile.output(t, call.batch_dims, call.dims) for t in (x, params, log_scale) if t is not None]
     if call.empty:
         for result, _ in outputs:
             result.zero_()

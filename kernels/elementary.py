@@ -163,6 +163,27 @@ def log_normal(x):
 
 
 @triton.jit
+def log(x):
+    """log x for x of 0 or more, denormal too, inf or NaN."""
+    if x.dtype == tl.float64:
+        small = x < 2.2250738585072014e-308
+        y = log_normal(tl.where(small, x * 18014398509481984.0, x)) - tl.where(small, 37.42994775023705, 0.0)  # 2^54
+    else:
+        small = x < 1.1754943508222875e-38
+        y = log_normal(tl.where(small, x * 16777216.0, x)) - tl.where(small, 16.635532333438686, 0.0)  # 2^24
+    return tl.where(x == 0, float("-inf"), y)
+
+
+@triton.jit
+def square_root(x):
+    """The square root, correctly rounded."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
+
+
+@triton.jit
 def log1p_unit(e):
     """log(1 + e) for e in [0, 1] or NaN."""
     if e.dtype == tl.float64:
