@@ -81,6 +81,38 @@ def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constex
 
 
 @triton.jit
+def transform(v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr):
+    """y, and the forward map's log-derivative."""
+    if SCALE == ADDITIVE:
+        return v - t if INVERSE else v + t, tl.zeros(v.shape, v.dtype)
+    else:
+        factor, log_a, _ = scale_value(s, CLAMP, SCALE, INVERSE)
+        if INVERSE:
+            return v * factor - t if SHIFT_FIRST else (v - t) * factor, log_a
+        else:
+            return (v + t) * factor if SHIFT_FIRST else v * factor + t, log_a
+
+
+@triton.jit
+def transform_backward(
+    g, dl, v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr
+):
+    """Gradients of v, t and s from those of y and the log-determinant; t counts where the scale multiplies it."""
+    if SCALE == ADDITIVE:
+        return g, -g if INVERSE else g, tl.zeros(g.shape, g.dtype)
+    else:
+        if INVERSE != SHIFT_FIRST:  # what the scale multiplies or divides
+            v = v - t if INVERSE else v + t
+        factor, _, derivative = scale_value(s, CLAMP, SCALE, INVERSE)
+        dv = g * factor
+        ds = (dv * v + dl) * derivative
+        if INVERSE:
+            return dv, -g if SHIFT_FIRST else -dv, -ds
+        else:
+            return dv, dv if SHIFT_FIRST else g, ds
+
+
+@triton.jit
 def block(sizes, WIDE: tl.constexpr, ROWS: tl.constexpr):
     """This program's rows, and the columns [col, end)."""
     row = tl.program_id(0)
@@ -127,16 +159,11 @@ def forward_kernel(
         stored = tl.load(at(x, strides[0], row, c, i), mask=inside, other=0.0)
         v = stored.to(dtype)
         t = tl.load(at(shift, strides[1], row, k, i), mask=used, other=0.0).to(dtype)
-        if SCALE == ADDITIVE:
-            result = v - t if INVERSE else v + t
-        else:
+        s = v
+        if SCALE != ADDITIVE:
             s = tl.load(at(log_scale, strides[2], row, k, i), mask=used, other=0.0).to(dtype)
-            factor, log_a, derivative = scale_value(s, CLAMP, SCALE, INVERSE)
-            total += tl.where(used, log_a, 0.0)
-            if INVERSE:
-                result = v * factor - t if SHIFT_FIRST else (v - t) * factor
-            else:
-                result = (v + t) * factor if SHIFT_FIRST else v * factor + t
+        result, log_a = transform(v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE)
+        total += tl.where(used, log_a, 0.0)
         tl.store(at(y, strides[4], row, c, i), tl.where(active, result.to(stored.dtype), stored), mask=inside)
     sum = tl.sum(total, 1)[:, None]
     segment = row * tl.num_programs(1) + tl.program_id(1)
@@ -167,24 +194,14 @@ def backward_kernel(
         if dy is not None:
             g = tl.load(at(dy, strides[0], row, c, i), mask=inside, other=0.0)
         v = g.to(dtype)
-        if SCALE == ADDITIVE:
-            dv = v
-            dt = -v if INVERSE else v
-            ds = tl.zeros([ROWS, COLS], dtype)
-        else:
-            scaled = tl.load(at(x, strides[1], row, c, i), mask=used, other=0.0).to(dtype)
+        s = v
+        t = v
+        if SCALE != ADDITIVE:
+            v = tl.load(at(x, strides[1], row, c, i), mask=used, other=0.0).to(dtype)
             s = tl.load(at(log_scale, strides[3], row, k, i), mask=used, other=0.0).to(dtype)
-            if INVERSE != SHIFT_FIRST:  # what the scale multiplies or divides
+            if INVERSE != SHIFT_FIRST:
                 t = tl.load(at(shift, strides[2], row, k, i), mask=used, other=0.0).to(dtype)
-                scaled = scaled - t if INVERSE else scaled + t
-            factor, log_a, derivative = scale_value(s, CLAMP, SCALE, INVERSE)
-            dv = v * factor
-            ds = (dv * scaled + dl) * derivative
-            if INVERSE:
-                dt = -v if SHIFT_FIRST else -dv
-                ds = -ds
-            else:
-                dt = dv if SHIFT_FIRST else v
+        dv, dt, ds = transform_backward(g.to(dtype), dl, v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE)
         tl.store(at(dx, strides[5], row, c, i), tl.where(active, dv.to(storage), g), mask=inside)
         # Under a mask the gradient is zero; outside the part there is none.
         given = inside & part

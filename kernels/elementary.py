@@ -101,6 +101,24 @@ def exp(x):
 
 
 @triton.jit
+def expm1(x):
+    """e^x - 1 for x of 0 or less, without cancellation near 0."""
+    if x.dtype == tl.float64:
+        r, biased = _reduce_exp(at_least(x, -40.0), 1023)
+        scale = (biased << 52).to(tl.float64, bitcast=True)
+    else:
+        r, biased = _reduce_exp(at_least(x, -20.0), 127)
+        scale = (biased << 23).to(tl.float32, bitcast=True)
+    return (r * r * _exp_tail(r) + r) * scale + (scale - 1)
+
+
+@triton.jit
+def sigmoid(x):
+    e = exp(-tl.abs(x))
+    return divide(tl.where(x < 0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
 def with_sign_of(x, magnitude):
     """magnitude, whose sign bit is clear, with x's sign."""
     if x.dtype == tl.float64:

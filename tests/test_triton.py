@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from pyflowgen.kernels import affine_coupling as kernels  # noqa: E402
+from pyflowgen.kernels import mlp_coupling as mlp_kernels  # noqa: E402
 from pyflowgen.kernels import rational_quadratic_spline as spline_kernels  # noqa: E402
 from pyflowgen.kernels import slogdet as slogdet_kernels  # noqa: E402
 from pyflowgen.kernels import tile  # noqa: E402
@@ -44,7 +46,12 @@ def interpret(*command: str, **environment: str) -> str:
 
 @pytest.mark.parametrize(
     "file, least",
-    [("triton_interpreter.py", 100), ("triton_interpreter_slogdet.py", 20), ("triton_interpreter_spline.py", 50)],
+    [
+        ("triton_interpreter.py", 100),
+        ("triton_interpreter_mlp.py", 30),
+        ("triton_interpreter_slogdet.py", 20),
+        ("triton_interpreter_spline.py", 50),
+    ],
 )
 def test_interpreter(file: str, least: int) -> None:
     out = interpret("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / file))
@@ -71,7 +78,9 @@ print(all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want))
 """
 
 
-MODULES = {"affine_coupling": kernels, "rational_quadratic_spline": spline_kernels, "slogdet": slogdet_kernels}
+MODULES = {
+    "affine_coupling": kernels, "mlp_coupling": mlp_kernels, "rational_quadratic_spline": spline_kernels, "slogdet": slogdet_kernels,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("op", [name for op in MODULES for name in (op, f"{op}_backward")])
@@ -166,6 +175,32 @@ def spline_case(
     return call
 
 
+def mlp_case(
+    rows: int, channels: int, hidden: list[int], *, activation: int = 1, blocks: int = 0, bins: int = 0,
+    context: int = 0, mask: bool = False, inverse: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    def call() -> None:
+        same = channels if mask else channels // 2
+        count = channels if mask else channels - same
+        sizes = [same + context, *hidden, count * (3 * bins - 1 if bins else 2)]
+        x = torch.empty(rows, channels)
+        weights = [x.new_empty(b, a) for a, b in itertools.pairwise(sizes)]
+        biases = [x.new_empty(size if i else 0) for i, size in enumerate(sizes[1:])]
+        tensors = (
+            x, x.new_empty(rows, context) if context else None, weights, biases,
+            [torch.ones(channels, dtype=torch.bool) if mask else x.new_empty(0)], [], [], [],
+        )  # fmt: skip
+        options = [
+            len(weights), activation, 0, 1, 0 if mask else same, 1, 0 if bins else 2, 0, inverse, 1, 0, 0, 0, bins, 0, 1,
+            blocks,
+        ]  # fmt: skip
+        numbers = [2.0, -3.0, 3.0, -3.0, 3.0, 1e-3, 1e-3, 1e-3, 0.54, 0.0, 1.0]
+        y, logdet, saved = mlp_kernels.mlp_coupling(*tensors, options, numbers, True)
+        mlp_kernels.mlp_coupling_backward(y, logdet, *tensors, saved, options, numbers, True, True)
+
+    return call
+
+
 CASES = {
     "slogdet, 2": slogdet_case(8192, 2, torch.float32),
     "slogdet, 8": slogdet_case(8192, 8, torch.bfloat16),
@@ -187,6 +222,13 @@ SPLINES = [
     *((spline_case((8192, 64), 8, torch.float32, 2, 0, 1, part=(32, 1)), target) for target in TARGETS),
     (spline_case((8, 6, 8, 8), 5, torch.bfloat16, 2, 1, 2, inverse=True, event_dim=3, mask=True), TARGETS[3]),
     (spline_case((8192, 6), 17, torch.float64, 0, 2, 3, inverse=True), TARGETS[1]),
+]
+
+
+COUPLINGS = [
+    (mlp_case(1024, 64, [128, 128]), TARGETS[2]),
+    (mlp_case(16384, 7, [33], activation=3, context=5, mask=True, inverse=True), TARGETS[3]),
+    (mlp_case(1024, 64, [64, 64, 64], blocks=1, bins=8), TARGETS[1]),
 ]
 
 
@@ -222,6 +264,19 @@ def test_splines_ahead_of_time(case: int, recorded: list[tile.Launch], tmp_path:
     for launch in recorded:
         registers, memory, parked = resources(compiled(launch, target), tmp_path)
         assert memory == 0 and parked <= 32 and registers <= 255
+
+
+@pytest.mark.skipif(_native._INTERPRET, reason="the interpreter has no compiler")
+@pytest.mark.parametrize("case", range(len(COUPLINGS)))
+def test_couplings_ahead_of_time(case: int, recorded: list[tile.Launch], tmp_path: Path) -> None:
+    call, target = COUPLINGS[case]
+    call()
+    assert [x.kernel.__name__ for x in recorded] == ["forward_kernel", "backward_kernel", "weight_kernel"]
+    for launch in recorded:
+        binary = compiled(launch, target)
+        registers, memory, parked = resources(binary, tmp_path)
+        assert memory == 0 and parked <= 32 and registers <= 255
+        assert binary.metadata.shared <= 32 << 10  # several programs on a multiprocessor
 
 
 @pytest.mark.skipif(_native._INTERPRET, reason="the interpreter has no compiler")
