@@ -85,6 +85,7 @@ def register(op: str, fake: Callable[..., Any]) -> None:
             fill = torch.library.Library("pyflowgen", "IMPL")
             fill.impl(op, launcher, _TRITON_KEY, allow_override=True)
         _fills.append(fill)
+        _by_triton.add((op, _TRITON_KEY.lower()))
     torch.library.register_fake(f"pyflowgen::{op}", fake)
     for key in ("CPU", "CUDA"):
         if has_kernel(op, key):
@@ -92,6 +93,12 @@ def register(op: str, fake: Callable[..., Any]) -> None:
 
 
 _kernels: set[tuple[str, str]] = set()
+_by_triton: set[tuple[str, str]] = set()
+
+
+def by_triton(op: str, x: Tensor) -> bool:
+    """Whether a Triton kernel runs ``pyflowgen::op`` on x's device: some take less than the compiled library's."""
+    return (op, x.device.type) in _by_triton
 
 
 def use_kernel(op: str, x: Tensor) -> bool:

@@ -23,6 +23,7 @@ from pyflowgen.ops.linear import Activation
 Part = tuple[int, int]
 
 _MOST_LAYERS = 16
+_GPU_WIDEST = 256  # hidden features, of the Triton kernel
 _NO_SPLINE, _NO_NUMBERS = (0, 0, 0), (0.0,) * 11
 _NAMES: dict[int, Activation] = {code: name for name, code in product._FUSED.items()}  # type: ignore[misc]
 
@@ -199,8 +200,9 @@ def mlp_coupling(
             where they are transformed, and gives parameters for all.
 
     Returns:
-        ``(y, logdet)`` as :func:`affine_coupling`. float32 and float64 run here on the CPU; anything else, autocast and
-        the activations that :func:`linear` does not fuse are evaluated layer by layer.
+        ``(y, logdet)`` as :func:`affine_coupling`. float32 and float64 run here; anything else, autocast and
+        the activations that :func:`linear` does not fuse are evaluated layer by layer, and on a GPU gates, GELU and
+        hidden layers wider than 256, too.
 
     Raises:
         ValueError: a shape or option that does not fit, named with what was expected.
@@ -231,6 +233,8 @@ def mlp_coupling(
         numbers=(0.0 if scale is None else affine._check_options(scale, clamp, order, layout), *_NO_NUMBERS[1:]),
         blocks=blocks,
     )  # fmt: skip
+    if not _on_gpu(x, step):
+        return _reference(x, context, [step])
     return run(x, context, [step])
 
 
@@ -242,6 +246,20 @@ def runs(x: Tensor, activation: str) -> bool:
         and activation in product._FUSED
         and _native.use_kernel("mlp_coupling", x)
         and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _on_gpu(x: Tensor, step: Step) -> bool:
+    """Whether x's device takes the step: the CPU all, a GPU those of kernels/mlp_coupling.py that gain by it.
+
+    From some width on one product fills a GPU by itself, and the library's own tiles are larger.
+    """
+    if not _native.by_triton("mlp_coupling", x):
+        return True
+    return (
+        _NAMES[step.activation] != "gelu"
+        and (not step.blocks or len(step.weights) == 2 + 2 * step.blocks)
+        and all(w.shape[0] <= _GPU_WIDEST for w in step.weights[:-1])
     )
 
 
@@ -570,7 +588,7 @@ def _one(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> 
     if product._PLAIN or not runs(x, "relu") or x.dim() == 0:
         return None
     step = _step(layer, x, context, inverse)
-    return None if step is None else run(x, context, [step])
+    return None if step is None or not _on_gpu(x, step) else run(x, context, [step])
 
 
 def _many(
@@ -596,7 +614,7 @@ def _many(
                 steps[-1] = before._replace(scaled=scaled, log_scale=log_scale, shift=shift)
         else:
             step = _step(layer, x, context, inverse)
-            if step is None:
+            if step is None or not _on_gpu(x, step):
                 break
             couplings += 1
             if before is None:
