@@ -86,6 +86,11 @@ def register(op: str, fake: Callable[..., Any]) -> None:
             fill.impl(op, launcher, _TRITON_KEY, allow_override=True)
         _fills.append(fill)
     torch.library.register_fake(f"pyflowgen::{op}", fake)
+    find_kernels(op)
+
+
+def find_kernels(op: str) -> None:
+    """Note for :func:`use_kernel` on which devices ``op`` has a kernel."""
     for key in ("CPU", "CUDA"):
         if has_kernel(op, key):
             _kernels.add((op, key.lower()))
