@@ -80,7 +80,7 @@ template <int count, int half = count / 2, class A> __device__ __forceinline__ A
 
 // N <= 4 outputs of `tile` rows: lane n * tile + r of each half warp gets sum_k w[min(n, last)][k] x[r][k].
 template <int N, class T, class X> __device__ __forceinline__ Compute<T> products(const T* w, int64_t stride, int last,
-                                                                                  const X* const (&x)[tile],
+                                                                                  X (&x)[tile],
                                                                                   int depth) {
   using A = Compute<T>;
   A sums[4 * tile] = {};
@@ -97,6 +97,49 @@ template <int N, class T, class X> __device__ __forceinline__ Compute<T> product
     }
   }
   return sum_warp(sums);
+}
+
+// f(n, row, sum_k w[n][k] x(row)[k]) for each of `count` outputs and `rows` rows, each by one thread.
+template <class T, class X, class F> __device__ __forceinline__ void each_output(const Rows<T>& w, int count,
+                                                                                 int64_t rows, int depth, const X& x,
+                                                                                 const F& f) {
+  const int lane = int(threadIdx.x) % warp, groups = (count + tile - 1) / tile;
+  const int64_t tasks = ceil_div(rows, tile) * groups;
+  for (int64_t task = int(threadIdx.x) / warp; task < tasks; task += int(blockDim.x) / warp) {
+    const int first = int(task % groups) * tile;
+    const int64_t row = task / groups * tile;
+    decltype(x(int64_t())) from[tile];
+#pragma unroll
+    for (int r = 0; r < tile; ++r) from[r] = x(row + r < rows ? row + r : rows - 1);
+    const auto sum = products<tile>(w.at + first * w.unit, w.unit, count - 1 - first, from, depth);
+    const int n = first + lane / tile;
+    if (lane < tile * tile && n < count && row + lane % tile < rows) f(n, row + lane % tile, sum);
+  }
+}
+
+// f(unit, row, a) likewise for units with `parts` outputs each, a[p] being those of part p.
+template <int parts, class T, class X, class F> __device__ __forceinline__ void each_unit(const Rows<T>& w, int count,
+                                                                                          int64_t rows, int depth,
+                                                                                          const X& x, const F& f) {
+  const int lane = int(threadIdx.x) % warp;
+  const int64_t tasks = ceil_div(rows, tile) * count;
+  for (int64_t task = int(threadIdx.x) / warp; task < tasks; task += int(blockDim.x) / warp) {
+    const int unit = int(task % count);
+    const int64_t row = task / count * tile;
+    decltype(x(int64_t())) from[tile];
+#pragma unroll
+    for (int r = 0; r < tile; ++r) from[r] = x(row + r < rows ? row + r : rows - 1);
+    const auto sum = products<parts>(w.at + unit * w.unit, w.part, parts - 1, from, depth);
+    Compute<T> a[4] = {};
+#pragma unroll
+    for (int p = 0; p < parts; ++p) a[p] = __shfl_sync(full_warp, sum, p * tile + lane % tile);
+    if (lane < tile && row + lane < rows) f(unit, row + lane, a);
+  }
+}
+
+// f(n, row) for each of this block's outputs and the rows, each by one thread; neighbours have neighbouring outputs.
+template <class F> __device__ __forceinline__ void each(int count, int64_t rows, const F& f) {
+  for (int64_t e = threadIdx.x; e < rows * count; e += blockDim.x) f(int(e % count), e / count);
 }
 
 // The device as the launches see it.

@@ -39,14 +39,14 @@ template <class Cell, class T> __global__ void __launch_bounds__(threads, 1)
   using A = Compute<T>;
   constexpr int gates = Cell::gates, last = gates - 1;
   PYFLOWGEN_DYNAMIC_SHARED(T, shared);
-  const int hidden = int(o.steps.hidden), lane = int(threadIdx.x) % warp, warps = int(blockDim.x) / warp;
+  const int hidden = int(o.steps.hidden);
   const Own own = own_outputs(share.units, hidden);
   const Rows<T> weights = hold(o.weight_hh, hidden, gates, hidden, own, share.held, shared);
-  for (int64_t e = threadIdx.x; e < o.steps.batch * own.count; e += blockDim.x) {
-    const int64_t at = e / own.count * hidden + own.first + e % own.count;
+  each(own.count, o.steps.batch, [&](int n, int64_t row) {
+    const int64_t at = row * hidden + own.first + n;
     o.h_n[at] = o.h0[at];  // of sequences without a step
     if (Cell::has_cell) o.cell[at] = widen(o.c0[at]), o.c_n[at] = o.c0[at];
-  }
+  });
   __syncthreads();
   GridBarrier barrier{o.arrived};
   for (int64_t i = 0; i < o.steps.steps; ++i) {
@@ -54,48 +54,35 @@ template <class Cell, class T> __global__ void __launch_bounds__(threads, 1)
     const Range now = rows_of(o.steps, t), before = rows_of(o.steps, o.steps.reverse ? t + 1 : t - 1);
     // Rows whose last step this is end here.
     const int64_t ends_from = o.steps.reverse ? (t ? now.count : 0) : rows_of(o.steps, t + 1).count;
-    const int64_t tasks = ceil_div(now.count, tile) * own.count;
-    for (int64_t task = int(threadIdx.x) / warp; task < tasks; task += warps) {
-      const int unit = int(task % own.count);
-      const int64_t row = task / own.count * tile;
-      const T* x[tile];
-#pragma unroll
-      for (int r = 0; r < tile; ++r) {
-        const int64_t at = row + r < now.count ? row + r : now.count - 1;
-        x[r] = at < before.count ? o.y + (before.first + at) * hidden : o.h0 + at * hidden;
-      }
-      const A sum = products<gates>(weights.at + unit * weights.unit, weights.part, last, x, hidden);
-      A a[4] = {};
-#pragma unroll
-      for (int g = 0; g < gates; ++g)
-        a[Cell::split_gate && g == last ? 3 : g] = __shfl_sync(full_warp, sum, g * tile + lane % tile);
-      const int64_t mine = row + lane;  // one row a lane goes on
-      if (lane >= tile || mine >= now.count) continue;
-      const int at_unit = own.first + unit;
-      const int64_t at = (now.first + mine) * hidden + at_unit, state = mine * hidden + at_unit;
-      T* const kept = o.gates + (now.first + mine) * gates * hidden + at_unit;
+    const auto state_before = [&](int64_t row) {
+      return (row < before.count ? o.y + before.first * hidden : o.h0) + row * hidden;
+    };
+    each_unit<gates>(weights, own.count, now.count, hidden, state_before, [&](int n, int64_t row, A(&a)[4]) {
+      const int unit = own.first + n;
+      const int64_t at = (now.first + row) * hidden + unit, state = row * hidden + unit;
+      T* const kept = o.gates + (now.first + row) * gates * hidden + unit;
+      if (Cell::split_gate) a[3] = a[last], a[last] = 0;
 #pragma unroll
       for (int g = 0; g < gates; ++g) {
-        const int wide = g * hidden + at_unit;
+        const int wide = g * hidden + unit;
         if (o.bias_hh) a[Cell::split_gate && g == last ? 3 : g] += widen(o.bias_hh[wide]);
         a[g] += widen(kept[g * hidden]);
         if (o.bias_ih) a[g] += widen(o.bias_ih[wide]);
       }
-      A c =
-          Cell::has_cell ? o.cell[state] : A(widen((mine < before.count ? o.y + before.first * hidden : o.h0)[state]));
+      A c = Cell::has_cell ? o.cell[state] : A(widen(state_before(row)[unit]));
       const A h = Pointwise<Cell>::forward(a, c);
       narrow(h, o.y[at]);
-      if (mine >= ends_from) narrow(h, o.h_n[state]);
+      if (row >= ends_from) narrow(h, o.h_n[state]);
       if (Cell::has_cell) {
         o.cell[state] = c;
-        if (mine >= ends_from) narrow(c, o.c_n[state]);
+        if (row >= ends_from) narrow(c, o.c_n[state]);
       }
       if (o.extra) {
 #pragma unroll
         for (int g = 0; g < gates; ++g) narrow(a[g], kept[g * hidden]);
         narrow(Cell::has_cell ? c : a[3], o.extra[at]);
       }
-    }
+    });
     if (i + 1 < o.steps.steps) barrier.meet();
   }
 }
@@ -106,22 +93,20 @@ template <class Cell, class T> __global__ void __launch_bounds__(threads, 1)
   constexpr int gates = Cell::gates;
   PYFLOWGEN_DYNAMIC_SHARED(T, shared);
   const int hidden = int(o.steps.hidden), depth = gates * hidden;
-  const int lane = int(threadIdx.x) % warp, warps = int(blockDim.x) / warp;
   const Own own = own_outputs(share.units, hidden);
   const Rows<T> weights = hold(o.turned, hidden, 1, depth, own, share.held, shared);
-  const int64_t states = o.steps.batch * own.count;
-  for (int64_t e = threadIdx.x; e < states; e += blockDim.x) {
-    const int64_t at = e / own.count * hidden + own.first + e % own.count;
+  each(own.count, o.steps.batch, [&](int n, int64_t row) {
+    const int64_t at = row * hidden + own.first + n;
     o.dh[at] = o.dh_n ? widen(o.dh_n[at]) : A(0);
     if (Cell::has_cell) o.dc[at] = o.dc_n ? widen(o.dc_n[at]) : A(0);
-  }
+  });
   __syncthreads();
   GridBarrier barrier{o.arrived};
   for (int64_t i = 0; i < o.steps.steps; ++i) {
     const int64_t t = o.steps.reverse ? i : o.steps.steps - 1 - i;
     const Range now = rows_of(o.steps, t), before = rows_of(o.steps, o.steps.reverse ? t + 1 : t - 1);
-    for (int64_t e = threadIdx.x; e < now.count * own.count; e += blockDim.x) {
-      const int64_t row = e / own.count, unit = own.first + e % own.count;
+    each(own.count, now.count, [&](int n, int64_t row) {
+      const int64_t unit = own.first + n;
       const int64_t at = (now.first + row) * hidden + unit, state = row * hidden + unit;
       const int64_t there = row < before.count ? before.first * hidden + state : -1;
       const int64_t wide = (now.first + row) * depth + unit;
@@ -140,31 +125,21 @@ template <class Cell, class T> __global__ void __launch_bounds__(threads, 1)
         narrow(d[g], o.dgates[wide + g * hidden]);
         if (Cell::split_gate) narrow(g == gates - 1 ? d_last : d[g], o.dgates_h[wide + g * hidden]);
       }
-    }
+    });
     barrier.meet();
-    const int groups = int(ceil_div(own.count, tile));
-    const int64_t tasks = ceil_div(now.count, tile) * groups;
-    for (int64_t task = int(threadIdx.x) / warp; task < tasks; task += warps) {
-      const int unit = int(task % groups) * tile;
-      const int64_t row = task / groups * tile;
-      const T* x[tile];
-#pragma unroll
-      for (int r = 0; r < tile; ++r)
-        x[r] = o.dgates_h + (now.first + (row + r < now.count ? row + r : now.count - 1)) * depth;
-      const A sum = products<tile>(weights.at + unit * weights.unit, weights.unit, own.count - 1 - unit, x, depth);
-      const int n = unit + lane / tile;
-      const int64_t mine = row + lane % tile;
-      if (lane >= tile * tile || n >= own.count || mine >= now.count) continue;
-      A* const dh = o.dh + mine * hidden + own.first + n;
-      *dh = Cell::has_cell ? sum : *dh + sum;
-    }
+    each_output(
+        weights, own.count, now.count, depth, [&](int64_t row) { return o.dgates_h + (now.first + row) * depth; },
+        [&](int n, int64_t row, A sum) {
+          A* const dh = o.dh + row * hidden + own.first + n;
+          *dh = Cell::has_cell ? sum : *dh + sum;
+        });
     __syncthreads();
   }
-  for (int64_t e = threadIdx.x; e < states; e += blockDim.x) {
-    const int64_t at = e / own.count * hidden + own.first + e % own.count;
+  each(own.count, o.steps.batch, [&](int n, int64_t row) {
+    const int64_t at = row * hidden + own.first + n;
     narrow(o.dh[at], o.dh0[at]);
     if (Cell::has_cell) narrow(o.dc[at], o.dc0[at]);
-  }
+  });
 }
 
 // Few units a block, so that every multiprocessor works; no fewer than backward's tile. Held where all of them fit.

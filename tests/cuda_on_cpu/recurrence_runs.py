@@ -67,7 +67,9 @@ def runs(op):
     @pytest.mark.parametrize("reverse", (False, True))
     def test_lengths(reverse):
         tensors = arguments(op, 1, 6, 3, 7, torch.float64)
-        tensors[0] = torch.randn(11, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        tensors[0] = torch.randn(
+            11, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+        ).requires_grad_()
         compare(op, tensors, batch_sizes=torch.tensor([5, 3, 2, 1]), reverse=reverse)
 
     def test_no_bias_reverse_and_strides():
