@@ -17,7 +17,7 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # op -> (gates, its states' names, its reference); `register` fills it.
 _CELLS: dict[str, tuple[int, tuple[str, ...], Callable[..., tuple[Tensor, ...]]]] = {}
 # The `storage` argument of the packing operators.
-_STORAGE = {None: 0, torch.bfloat16: 1, torch.int8: 2}
+STORAGE = {None: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def check(op: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights, batch_sizes: Tensor | None) -> None:
@@ -224,7 +224,7 @@ class Packed:
         if self.dtype is torch.int8 and not (w.isfinite().all() and v.isfinite().all()):
             raise ValueError(f"{op}: a weight is not finite, which int8 cannot hold")
         with torch.no_grad():
-            packed = getattr(torch.ops.pyflowgen, f"{op}_pack")(w, v, b, d, _STORAGE[self.dtype])
+            packed = getattr(torch.ops.pyflowgen, f"{op}_pack")(w, v, b, d, STORAGE[self.dtype])
         self._packed, self._seen, self._versions = packed, (w, v, b, d), versions
         return packed
 
@@ -233,7 +233,7 @@ def storage_of(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype | None:
     """The dtype as :class:`Packed` takes it."""
     if dtype is weight.dtype:
         return None
-    if dtype not in _STORAGE or (dtype is not None and weight.dtype is not torch.float32):
+    if dtype not in STORAGE or (dtype is not None and weight.dtype is not torch.float32):
         raise ValueError(
             f"dtype is {dtype} for {weight.dtype} weights, expected None, or torch.bfloat16 or torch.int8 for float32"
         )
