@@ -87,6 +87,11 @@ def register(op: str, fake: Callable[..., Any]) -> None:
         _fills.append(fill)
         _by_triton.add((op, _TRITON_KEY.lower()))
     torch.library.register_fake(f"pyflowgen::{op}", fake)
+    find_kernels(op)
+
+
+def find_kernels(op: str) -> None:
+    """Note for :func:`use_kernel` on which devices ``op`` has a kernel."""
     for key in ("CPU", "CUDA"):
         if has_kernel(op, key):
             _kernels.add((op, key.lower()))

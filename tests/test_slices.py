@@ -50,11 +50,14 @@ WITHOUT = {
     "invertible_linear": {
         layer.format("invertible_linear"): "on a GPU torch's own products and solves run" for layer in GPU
     },
-    **{op: {layer.format(op): "on a GPU cuDNN's own recurrence runs" for layer in GPU} for op in ("gru", "lstm")},
+    **{
+        op: {f"kernels/{op}.py": "a whole sequence needs a barrier of the grid: CUDA C++ alone"}
+        for op in ("gru", "lstm")
+    },
     "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU},
     "trn": {
         "csrc/formula/trn.h": "its cells are formula/lstm.h's",
-        **{layer.format("trn"): "no kernel for GPUs yet; the reference runs" for layer in GPU},
+        "kernels/trn.py": "a clip needs a barrier of the grid: CUDA C++ alone",
     },
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.
