@@ -91,12 +91,19 @@ def register(op: str, fake: Callable[..., Any]) -> None:
 
 def find_kernels(op: str) -> None:
     """Note for :func:`use_kernel` on which devices ``op`` has a kernel."""
+    if not torch._C._dispatch_has_kernel(f"pyflowgen::{op}"):
+        return
     for key in ("CPU", "CUDA"):
         if has_kernel(op, key):
             _kernels.add((op, key.lower()))
 
 
 _kernels: set[tuple[str, str]] = set()
+
+
+def has_kernel_for(op: str, x: Tensor) -> bool:
+    """Whether a registered ``op`` has a kernel on x's device; unlike :func:`has_kernel` torch.compile traces it."""
+    return (op, x.device.type) in _kernels
 
 
 def use_kernel(op: str, x: Tensor) -> bool:
@@ -106,7 +113,7 @@ def use_kernel(op: str, x: Tensor) -> bool:
     forward-mode differentiation, and under :func:`reference_path`.
     """
     return (
-        (op, x.device.type) in _kernels
+        has_kernel_for(op, x)
         and x.dtype in _KERNEL_DTYPES
         and not _reference_only
         and not transforms_active()
