@@ -92,6 +92,8 @@ def register(op: str, fake: Callable[..., Any]) -> None:
 
 def find_kernels(op: str) -> None:
     """Note for :func:`use_kernel` on which devices ``op`` has a kernel."""
+    if not torch._C._dispatch_has_kernel(f"pyflowgen::{op}"):
+        return
     for key in ("CPU", "CUDA"):
         if has_kernel(op, key):
             _kernels.add((op, key.lower()))
@@ -106,6 +108,11 @@ def by_triton(op: str, x: Tensor) -> bool:
     return (op, x.device.type) in _by_triton
 
 
+def has_kernel_for(op: str, x: Tensor) -> bool:
+    """Whether a registered ``op`` has a kernel on x's device; unlike :func:`has_kernel` torch.compile traces it."""
+    return (op, x.device.type) in _kernels
+
+
 def use_kernel(op: str, x: Tensor) -> bool:
     """The one choice made in Python: kernel (True) or reference.
 
@@ -113,7 +120,7 @@ def use_kernel(op: str, x: Tensor) -> bool:
     forward-mode differentiation, and under :func:`reference_path`.
     """
     return (
-        (op, x.device.type) in _kernels
+        has_kernel_for(op, x)
         and x.dtype in _KERNEL_DTYPES
         and not _reference_only
         and not transforms_active()

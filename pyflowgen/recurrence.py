@@ -105,7 +105,7 @@ def use_kernel(op: str, x: Tensor) -> bool:
 
 def packs(op: str, x: Tensor) -> bool:
     """Whether x's device has the kernels on packed weights: the CPU, whose others know no 16-bit dtypes."""
-    return _native.use_kernel(f"{op}_pack", x)
+    return _native.has_kernel_for(f"{op}_pack", x)
 
 
 def sequence(

@@ -20,7 +20,7 @@ HERE = ROOT / "tests" / "cuda_on_cpu"
 sys.path.insert(0, str(HERE))
 import build  # noqa: E402
 
-OPS = ("affine_coupling", "gru", "lstm", "rational_quadratic_spline", "slogdet")
+OPS = ("affine_coupling", "gru", "lstm", "rational_quadratic_spline", "slogdet", "trn")
 DRIVEN = tuple(op for op in OPS if op != "gru")  # gru's kernels are lstm's, but for the formula
 FLOAT_ONLY = ["-DPYFLOWGEN_FLOAT_ONLY"]
 
@@ -69,8 +69,10 @@ def sources(op: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("op", DRIVEN)
-@pytest.mark.parametrize("sanitizer,defines", (("address", []), ("thread", FLOAT_ONLY)))
-def test_sanitizers_find_nothing(folder, sanitizer, defines, op):
+@pytest.mark.parametrize("sanitizer", ("address", "thread"))
+def test_sanitizers_find_nothing(folder, sanitizer, op):
+    # Vectors of 16 bytes are of another width for each dtype; the recurrences' kernels load one element at a time.
+    defines = [] if sanitizer == "address" and op not in ("lstm", "trn") else FLOAT_ONLY
     program = build.program(folder / sanitizer / op, sources(op), sanitizer, defines, folder / sanitizer)
     code, output = execute(program)
     assert code == 0 and "ERROR: " not in output and "WARNING: ThreadSanitizer" not in output, output[-5000:]
@@ -150,6 +152,18 @@ PLANTED = {
     ),
     "a row beyond the step's": (
         "lstm", "recurrence.cuh", "row + r < now.count ? row + r : now.count - 1;\n        x[r] = at", "row + r;\n        x[r] = at",
+        "address", "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "scores read before all are there": (
+        "trn", "trn.cu", "sum + start(first + row, n); });\n  __syncthreads();\n", "sum + start(first + row, n); });\n",
+        "thread", "ThreadSanitizer: data race",
+    ),
+    "a decoder step that does not wait for the last": (
+        "trn", "trn.cu", "      if (i + 1 < L) barrier.meet();\n", "",
+        "thread", "ThreadSanitizer: data race",
+    ),
+    "features beyond the last": (
+        "trn", "trn.cu", "features = own_outputs(share.features, F);\n  T* const q = shared;\n  Keeper<T> keeper{shared + tile * C, share.held};\n  const Rows<T> dec = keeper.keep(o.matrix.dec, H, 4", "features = own_outputs(share.features, F + 3);\n  T* const q = shared;\n  Keeper<T> keeper{shared + tile * C, share.held};\n  const Rows<T> dec = keeper.keep(o.matrix.dec, H, 4",
         "address", "AddressSanitizer: heap-buffer-overflow",
     ),
     "the gradient of the cell lost between steps": (

@@ -79,9 +79,8 @@ template <int count, int half = count / 2, class A> __device__ __forceinline__ A
 }
 
 // N <= 4 outputs of `tile` rows: lane n * tile + r of each half warp gets sum_k w[min(n, last)][k] x[r][k].
-template <int N, class T, class X> __device__ __forceinline__ Compute<T> products(const T* w, int64_t stride, int last,
-                                                                                  X (&x)[tile],
-                                                                                  int depth) {
+template <int N, class T, class X>
+__device__ __forceinline__ Compute<T> products(const T* w, int64_t stride, int last, X (&x)[tile], int depth) {
   using A = Compute<T>;
   A sums[4 * tile] = {};
 #pragma unroll 2

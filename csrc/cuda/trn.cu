@@ -363,9 +363,13 @@ template <class T, class K, class O, class E> void launch(K kernel, const O& o, 
   }
   const int64_t by_units = ceil_div(s.hidden, share.units), by_features = ceil_div(s.features, share.features);
   const int blocks = int(by_units > by_features ? by_units : by_features);
-  if (bytes > device.shared_bytes || blocks > blocks_at_once(kernel, device, threads, size_t(bytes)))
+  // A warp four outputs and four rows, as far as there are so many.
+  const int64_t widest = share.units > share.features ? share.units : share.features;
+  const int64_t tasks = widest * ceil_div(s.batch, tile);
+  const int block = int(tasks < threads / warp ? tasks : threads / warp) * warp;
+  if (bytes > device.shared_bytes || blocks > blocks_at_once(kernel, device, block, size_t(bytes)))
     throw std::runtime_error("pyflowgen: trn does not fit on this device");
-  PYFLOWGEN_LAUNCH_COOPERATIVE(kernel, dim3(unsigned(blocks)), dim3(threads), size_t(bytes), stream, o, share);
+  PYFLOWGEN_LAUNCH_COOPERATIVE(kernel, dim3(unsigned(blocks)), dim3(unsigned(block)), size_t(bytes), stream, o, share);
 }
 
 struct Elements {
@@ -403,6 +407,8 @@ template <class T> void trn_backward(const TrnBackward<T>& o, void* stream) {
   template void trn_forward<T>(const TrnForward<T>&, void*); \
   template void trn_backward<T>(const TrnBackward<T>&, void*);
 PYFLOWGEN_INSTANTIATE(float, float)
+#ifndef PYFLOWGEN_FLOAT_ONLY  // the tests' short form
 PYFLOWGEN_INSTANTIATE(double, double)
+#endif
 
 }  // namespace pyflowgen::cuda
