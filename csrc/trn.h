@@ -29,6 +29,19 @@ template <class T> struct TrnCellBackward {
   T* dgates;        // [rows][4 * hidden], of the arguments
 };
 
+// y = relu or none of (x matrix^T + bias), the matrix as linear_pack made it. linear's product, but one row has a loop
+// of its own, which waits for memory alone, and what is known to be zero or not asked for is left out.
+template <class T> struct TrnRows {
+  int64_t rows, in, out, threads;
+  int64_t skip;   // inputs before it are zero
+  int64_t first;  // panels of y's columns before it are not written
+  const T* x;     // [rows][in]
+  const T* panels;
+  const T* bias;  // [out] or null
+  bool relu;
+  T* y;  // [rows][out]
+};
+
 // A stream's step: y = f(start + sum over parts of W_p a_p), W_p as recurrence.h stores weights, in blocks of four
 // vectors of rows: a cell's block holds one vector of units with their four gates, any other the next 4 * lanes rows.
 // A block is its parts [depth][4][unit], start [4][unit] (T) and, for int8, scales and offsets [part][4][unit].
@@ -69,10 +82,9 @@ PYFLOWGEN_PER_ISA(
 
   template <class T> void trn_cell(const TrnCell<T>&, int64_t begin, int64_t end);  // rows
   template <class T> void trn_cell_backward(const TrnCellBackward<T>&, int64_t begin, int64_t end);
-  // y[out] = relu or none of (x[in] matrix^T + bias) for panels begin <= p < end of the matrix, as linear_pack made
-  // them: linear's kernel for one row, which waits for memory alone.
-  template <class T> int64_t trn_row_panels(int64_t out);
-  template <class T> void trn_row(int64_t in, int64_t out, const T* x, const T* panels, const T* bias, bool relu, T* y, int64_t begin, int64_t end);
+  template <class T> int64_t trn_panel_width();
+  template <class T> int64_t trn_rows_tasks(const TrnRows<T>&);
+  template <class T> void trn_rows(const TrnRows<T>&, int64_t begin, int64_t end);  // tasks
   // dz[count] = y > 0 ? dy * scale : 0: through a relu whose result was y.
   template <class T> void trn_relu_backward(int64_t count, const T* y, const T* dy, T scale, T* dz);
   // to[count] += scale * from[count].

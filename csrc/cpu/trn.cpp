@@ -53,17 +53,23 @@ template <class T> struct Packed {
   int64_t out_features, in;
   const T* panels;
   const T* bias;
-  // A member's part of it.
-  void share(const Member& m, int64_t rows, const T* x, Activation activation, T* y) const {
+  // A member's part of it. Inputs before `skip` are zero, results before `first` are not asked for.
+  void share(const Member& m, int64_t rows, const T* x, Activation activation, T* y, int64_t skip = 0,
+             int64_t first = 0) const {
     if (rows == 0) return;
-    if (rows == 1) {
-      const int64_t all = PYFLOWGEN_CALL(trn_row_panels<T>, out_features);
-      return PYFLOWGEN_CALL(trn_row<T>, in, out_features, x, panels, bias, activation == Activation::relu, y,
-                            m.begin(all), m.end(all));
-    }
-    const LinearForward<T> o{rows, in, out_features, m.size, x, in, nullptr, panels, bias, activation, y, nullptr};
-    const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
-    PYFLOWGEN_CALL(linear<T>, o, m.begin(tasks), m.end(tasks));
+    const TrnRows<T> o{rows,
+                       in,
+                       out_features,
+                       m.size,
+                       skip,
+                       first / PYFLOWGEN_CALL(trn_panel_width<T>),
+                       x,
+                       panels,
+                       bias,
+                       activation == Activation::relu,
+                       y};
+    const int64_t tasks = PYFLOWGEN_CALL(trn_rows_tasks<T>, o);
+    PYFLOWGEN_CALL(trn_rows<T>, o, m.begin(tasks), m.end(tasks));
   }
   // All of it, by one thread.
   void alone(int64_t rows, const T* x, Activation activation, T* y) const {
@@ -179,7 +185,7 @@ template <class T> Kept forward(const Tensor& given, const Tensor& h, const Tens
         copy_columns(count, H, g + first * H, in + first * 2 * H + H, 2 * H);
         m.meet();
         T* gates = dec_gates[t] + i * B * 4 * H;
-        dec.share(m, B, in, Activation::none, gates);
+        dec.share(m, B, in, Activation::none, gates, i ? 0 : H);
         m.meet();
         cell(gates, nullptr, cells, cells + B * H, g + B * H);
         T* q = scores + ((t * L + i) * B + first) * C;
@@ -369,7 +375,7 @@ template <class T> Gradients backward(const Tensor& dhs, const Tensor& dc_last, 
         cell(data<T>(dec_gates) + (t * L + i) * B * 4 * H, cells + i * B * H, cells + (i + 1) * B * H,
              dstates + i * B * H, dk, dgates);
         m.meet();
-        dec.share(m, B, dgates, Activation::none, both);
+        dec.share(m, B, dgates, Activation::none, both, 0, i ? 0 : H);  // u_0 asks for none
         m.meet();
       }
       T *dhx = out<T>(d.dhx) + t * B * H, *dcx = out<T>(d.dcx) + t * B * H;
