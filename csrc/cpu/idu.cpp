@@ -67,7 +67,7 @@ template <class T, class F> void run(const IduShape& s, int64_t start, bool forw
   std::vector<int64_t> offsets(size_t(s.window - start + 1));
   for (size_t t = 0; t < offsets.size(); ++t) offsets[t] = int64_t(t) * s.rows();
   const RecurrentShape shape{s.rows(), s.hidden, s.window - start, offsets.data(), false};
-  recurrence::run<T>(shape, 2, PYFLOWGEN_CALL(packed_row_panels<T>, s.hidden), forward, phases,
+  recurrence::run<T>(shape, 2, panels_of<T>(s.hidden), forward, phases,
                      [&](int64_t phase, int64_t t, int64_t begin, int64_t end, int64_t first, int64_t last) {
                        step(phase, start + t, begin, end, first, last);
                      });

@@ -227,7 +227,7 @@ def trn(
         return TRNOutput(scores, ahead, h, c, future)
     if dropout:
         return trn_reference(x, h, c, future, weights, steps=steps, pool=pool, start=start, dropout=dropout)
-    given = F.linear(x.transpose(0, 1), weights.enc_weight_ih[:, : x.shape[2]], weights.enc_bias)
+    given = F.linear(x.transpose(0, 1).contiguous(), weights.enc_weight_ih[:, : x.shape[2]], weights.enc_bias)
     return _run(given, h, c, future, weights, _pack(weights, x.shape[2]), how)
 
 
@@ -319,7 +319,7 @@ class _TRN(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, h, c, future, how, masks, *weights):  # type: ignore[no-untyped-def]
         w, features = TRNWeights(*weights), x.shape[2]
-        given = F.linear(x.transpose(0, 1), w.enc_weight_ih[:, :features], w.enc_bias)
+        given = F.linear(x.transpose(0, 1).contiguous(), w.enc_weight_ih[:, :features], w.enc_bias)
         packs = _pack(w, features)
         hs, cs, ahead, *kept = torch.ops.pyflowgen.trn_keep.default(given, h, c, future, *packs, *how, *masks)
         ctx.how, ctx.masks = how, masks
