@@ -52,7 +52,7 @@ WITHOUT = {
     },
     "rational_quadratic_spline": {"kernels/rational_quadratic_spline.py": "not written yet: CUDA alone"},
     **{op: {layer.format(op): "on a GPU cuDNN's own recurrence runs" for layer in GPU} for op in ("gru", "lstm")},
-    "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU},
+    "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU if layer.startswith("csrc")},
     "trn": {
         "csrc/formula/trn.h": "its cells are formula/lstm.h's",
         **{layer.format("trn"): "no kernel for GPUs yet; the reference runs" for layer in GPU},
