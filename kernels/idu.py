@@ -141,8 +141,8 @@ def backward_kernel(
     RESET: tl.constexpr, LAST: tl.constexpr, AFTER: tl.constexpr, HARD: tl.constexpr, KEEPS: tl.constexpr,
     LENGTH: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """RESET: dr, from dinner of all units. Else dz, dn and dinner, from dh and, unless this is the LAST step, the part of
-    it that the next step's dr makes; AFTER gives dr as well, and the next step's dinner has a part too."""
+    """RESET: dr, from dinner of all units. Else dz, dn and dinner, from dh and, unless this is the LAST step, the part
+    of it that the next step's dr makes; AFTER gives dr as well, and the next step's dinner has a part too."""
     row, column, inside = block(rows, H, ROWS, COLS)
     at = row[:, None] * H + column[None, :]
     kept = gates + row[:, None] * (3 * H) + column[None, :]
