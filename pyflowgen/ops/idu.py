@@ -152,7 +152,8 @@ def idu(
         ValueError: shapes that do not fit, unknown options.
         TypeError: an argument that is no tensor, dtypes that differ (outside autocast), lengths that are no integers.
 
-    float32 and float64 run the kernel on the CPU; 16 bits, and calls under autocast, plain PyTorch.
+    float32 and float64 run the kernel on the CPU, 16 bits plain PyTorch there; a GPU has a Triton kernel for all four.
+    Under autocast it is plain PyTorch everywhere.
 
     Reference: Eun et al., *Learning to Discriminate Information for Online Action Detection*, 2020.
 
@@ -344,7 +345,7 @@ class IDU(nn.Module):
 
     def _panels(self, x: Tensor) -> Tensor | None:
         """The packed weights, where they are the same from call to call."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or _native._missing:
             return None
         p = self._parameters
         return self._packed.get("idu", p["weight_x"], p["weight_0"], p["weight_h"], None)  # type: ignore[arg-type]
