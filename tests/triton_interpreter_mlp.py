@@ -112,6 +112,7 @@ def test_blocks_follow_each_other_without_a_place_to_keep(launches, monkeypatch)
         got = battery.OP.function(*sample.tensors, **sample.options)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert [launch.grid for launch in launches] == [(2,)] and len(sample.tensors[0]) == 70
+    assert launches[0].arguments[5].isfinite().all()  # each program in a place of its own
 
 
 @pytest.mark.parametrize("wide", [False, True])
