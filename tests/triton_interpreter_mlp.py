@@ -92,6 +92,7 @@ def test_runs_of_layers(launches):
     flow, x = chain(), torch.randn(11, 6)
     compare(flow, x)
     assert names(launches) == ["forward_kernel"] * 2 + ["backward_kernel", "weight_kernel"] * 2
+    compare(pyflowgen.Inverse(flow), x)
     y, logdet = flow(x)
     back, minus = flow.inverse(y.detach())
     torch.testing.assert_close((back, minus), (x, -logdet), rtol=1e-4, atol=1e-4)
