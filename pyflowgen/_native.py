@@ -87,6 +87,13 @@ def register(op: str, fake: Callable[..., Any]) -> None:
         _fills.append(fill)
         _by_triton.add((op, _TRITON_KEY.lower()))
     torch.library.register_fake(f"pyflowgen::{op}", fake)
+    find_kernels(op)
+
+
+def find_kernels(op: str) -> None:
+    """Note for :func:`use_kernel` on which devices ``op`` has a kernel."""
+    if not torch._C._dispatch_has_kernel(f"pyflowgen::{op}"):
+        return
     for key in ("CPU", "CUDA"):
         if has_kernel(op, key):
             _kernels.add((op, key.lower()))
@@ -101,18 +108,18 @@ def by_triton(op: str, x: Tensor) -> bool:
     return (op, x.device.type) in _by_triton
 
 
+def has_kernel_for(op: str, x: Tensor) -> bool:
+    """Whether a registered ``op`` has a kernel on x's device; unlike :func:`has_kernel` torch.compile traces it."""
+    return (op, x.device.type) in _kernels
+
+
 def use_kernel(op: str, x: Tensor) -> bool:
     """The one choice made in Python: kernel (True) or reference.
 
     The reference runs where there is no kernel for the device or dtype, inside ``torch.func`` transforms and
     forward-mode differentiation, and under :func:`reference_path`.
     """
-    return (
-        (op, x.device.type) in _kernels
-        and x.dtype in _KERNEL_DTYPES
-        and not _reference_only
-        and not transforms_active()
-    )
+    return has_kernel_for(op, x) and x.dtype in _KERNEL_DTYPES and not _reference_only and not transforms_active()
 
 
 def transforms_active() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from check_op import Op, Sample, op_tests
 from torch import Tensor, nn
 
@@ -354,6 +355,8 @@ def test_what_is_more_than_a_perceptron_runs_by_itself() -> None:
     hooked = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
     hooked[2].register_forward_hook(lambda *_: seen.append(1))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 6))
+    pruned = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
+    torch.nn.utils.prune.l1_unstructured(pruned[0], "weight", 0.5)  # its weight is no parameter any more
     dropped = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 6))
     mixed = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6))
     slope = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 6))
@@ -369,7 +372,7 @@ def test_what_is_more_than_a_perceptron_runs_by_itself() -> None:
     other_activation.blocks[0].activation = nn.Tanh()
     other_layer.final_layer = nn.utils.parametrizations.weight_norm(nn.Linear(10, 6))
     for conditioner in (
-        hooked, normed, dropped, mixed, slope, ended, approximate, Own(3, [8], 6), watched_block, other_activation,
+        hooked, normed, pruned, dropped, mixed, slope, ended, approximate, Own(3, [8], 6), watched_block, other_activation,
         other_layer,
     ):  # fmt: skip
         assert "mlp_coupling" not in operators(lambda c=conditioner: layer(c)(x))
