@@ -183,7 +183,6 @@ def inverse_backward_kernel(
         _, at = pixels(start, inner, dx_strides, WIDE, PIXELS)
         to = tl.load(order + row, mask=row < C, other=0).to(at.dtype)
         tl.store(dx + (at[None, :] + to[:, None] * dx_strides[1]), z.to(dx.dtype.element_ty), mask=inside)
-        z = tl.where(inside, z, 0.0)
         outer = tl.dot(z, tl.trans(v), outer, input_precision="ieee", out_dtype=dtype)
         of_z += tl.sum(z, 1)
     own = sums + tl.program_id(0) * (C * C + 3 * C)

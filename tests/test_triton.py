@@ -45,15 +45,11 @@ def interpret(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-INTERPRETED = {"": 100, "_linear": 40, "_mlp": 30, "_slogdet": 20, "_spline": 50}  # at least so many tests
-
-
-@pytest.mark.parametrize("op", INTERPRETED)
-def test_interpreter(op: str) -> None:
-    out = interpret(
-        "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / f"triton_interpreter{op}.py")
-    )
-    assert int(re.findall(r"(\d+) passed", out)[-1]) > INTERPRETED[op]
+@pytest.mark.parametrize("files", ["triton_interpreter.py", "triton_interpreter_*.py"])
+def test_interpreter(files: str) -> None:
+    found = [str(path) for path in sorted(HERE.glob(files))]
+    out = interpret("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *found)
+    assert int(re.findall(r"(\d+) passed", out)[-1]) > 100
 
 
 def test_launchers_without_the_compiled_library() -> None:
@@ -218,7 +214,7 @@ CASES = {
 
 # A block of elements by bins is held twice over: two programs on a multiprocessor, and in float64 the same.
 SPLINES = [
-    *((spline_case((8192, 64), 8, torch.float32, 2, 0, 1, part=(32, 1)), target) for target in TARGETS),
+    *((spline_case((8192, 64), 8, torch.float32, 2, 0, 1, part=(32, 1)), target) for target in TARGETS[::2]),
     (spline_case((8, 6, 8, 8), 5, torch.bfloat16, 2, 1, 2, inverse=True, event_dim=3, mask=True), TARGETS[3]),
     (spline_case((8192, 6), 17, torch.float64, 0, 2, 3, inverse=True), TARGETS[1]),
 ]
@@ -245,9 +241,9 @@ LINEAR = [
     (linear_case((4096, 33), torch.float64, inverse=True, event_dim=1), TARGETS[1]),
 ]
 COUPLINGS = [
-    (mlp_case(1024, 64, [128, 128]), TARGETS[2]),
+    (mlp_case(1024, 64, [64, 64, 64], blocks=1), TARGETS[2]),
     (mlp_case(16384, 7, [33], activation=3, context=5, mask=True, inverse=True), TARGETS[3]),
-    (mlp_case(1024, 64, [64, 64, 64], blocks=1, bins=8), TARGETS[1]),
+    (mlp_case(1024, 64, [64], bins=8), TARGETS[1]),
 ]
 
 
