@@ -9,7 +9,7 @@ int64_t rational_quadratic_spline_segments(const RationalQuadraticSplineOptions&
   return o.batch >= 8 || elements < 4096 ? 1 : (elements + 1023) / 1024;
 }
 
-RationalQuadraticSplineCall::RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAMETERS)
+RationalQuadraticSplineCall::RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAMETERS, int64_t degree)
     : dims_(x.dim()), batch_dims_(x.dim() - event_dim), layout_(Layout(layout)) {
   const auto check = [](bool fits, const char* what) { STD_TORCH_CHECK(fits, "rational_quadratic_spline: ", what); };
   check(event_dim >= 0 && event_dim <= dims_, "event_dim is not between 0 and x's dimensions");
@@ -20,10 +20,12 @@ RationalQuadraticSplineCall::RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAME
   check(start >= 0 && step >= 1, "start or step is negative");
   check(heights.has_value() == (layout_ == Layout::separate) && heights.has_value() == derivatives.has_value(),
         "heights and derivatives come with separate parameters, and only then");
+  check(degree == 0 || layout_ != Layout::separate, "polynomial splines take packed parameters");
   check(layout_ != Layout::channels || event_dim > 0, "this layout needs a channel dimension");
   o_.bins = bins;
   o_.tails = SplineTails(tails);
-  o_.derivatives = bins + (o_.tails == SplineTails::linear ? -1 : o_.tails == SplineTails::circular ? 0 : 1);
+  const int64_t more = o_.tails == SplineTails::linear ? -1 : o_.tails == SplineTails::circular ? 0 : 1;
+  o_.derivatives = degree == 1 ? -bins : degree == 2 ? more : degree == 3 ? 2 : bins + more;
   const int64_t each = 2 * bins + o_.derivatives, last = layout_ != Layout::channels;
 
   // Sizes of x in the batch and inner dimensions, `channels` in the channel dimension, then `more` dimensions.
@@ -76,7 +78,7 @@ RationalQuadraticSplineCall::RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAME
   o_.left = left, o_.right = right, o_.bottom = bottom, o_.top = top;
   o_.min_bin_width = min_bin_width, o_.min_bin_height = min_bin_height, o_.min_derivative = min_derivative;
   o_.edge = edge, o_.clip = clip, o_.scale = scale;
-  o_.inverse = inverse, o_.elementwise = event_dim == 0;
+  o_.inverse = inverse, o_.elementwise = event_dim == 0, o_.degree = degree;
   empty_ = x.numel() == 0 || widths.numel() == 0;
 }
 

@@ -19,7 +19,8 @@ namespace pyflowgen {
 struct RationalQuadraticSplineOptions {
   int64_t batch, channels, inner;  // of x
   int64_t start, step, count;      // transformed channels
-  int64_t bins, derivatives;
+  int64_t bins;
+  int64_t derivatives;  // or what an element of a polynomial spline has more than two for each bin
   SplineConvention convention;
   SplineTails tails;
   double left, right, bottom, top;  // -1 and 1 times bound where there is one
@@ -28,7 +29,8 @@ struct RationalQuadraticSplineOptions {
   double clip;   // bound of zuko's soft clip
   double scale;  // of widths and heights
   bool inverse;
-  bool elementwise;  // event_dim 0: channels = inner = 1, and a log-derivative for every element
+  bool elementwise;    // event_dim 0: channels = inner = 1, and a log-derivative for every element
+  int64_t degree = 0;  // of a polynomial spline
 };
 
 template <class T> struct SplineParameters {

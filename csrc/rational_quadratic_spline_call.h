@@ -21,7 +21,8 @@ namespace pyflowgen {
 class RationalQuadraticSplineCall {
  public:
   // Checks every argument; throws before anything is allocated.
-  explicit RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAMETERS);
+  // degree: of a polynomial spline, or 0.
+  explicit RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAMETERS, int64_t degree = 0);
 
   bool empty() const { return empty_; }
   const RationalQuadraticSplineOptions& options() const { return o_; }

@@ -62,6 +62,12 @@ from pyflowgen.ops.lstm import lstm as lstm
 from pyflowgen.ops.lstm import lstm_reference as lstm_reference
 from pyflowgen.ops.mlp_coupling import mlp_coupling as mlp_coupling
 from pyflowgen.ops.mlp_coupling import mlp_coupling_reference as mlp_coupling_reference
+from pyflowgen.ops.polynomial_spline import PolynomialSplineCoupling as PolynomialSplineCoupling
+from pyflowgen.ops.polynomial_spline import cubic_spline as cubic_spline
+from pyflowgen.ops.polynomial_spline import linear_spline as linear_spline
+from pyflowgen.ops.polynomial_spline import polynomial_spline as polynomial_spline
+from pyflowgen.ops.polynomial_spline import polynomial_spline_reference as polynomial_spline_reference
+from pyflowgen.ops.polynomial_spline import quadratic_spline as quadratic_spline
 from pyflowgen.ops.rational_quadratic_spline import SplineCoupling as SplineCoupling
 from pyflowgen.ops.rational_quadratic_spline import rational_quadratic_spline as rational_quadratic_spline
 from pyflowgen.ops.rational_quadratic_spline import (

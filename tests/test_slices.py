@@ -53,6 +53,9 @@ WITHOUT = {
         for op in ("gru", "lstm")
     },
     "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU if layer.startswith("csrc")},
+    "polynomial_spline": {
+        layer.format("polynomial_spline"): "no kernel for GPUs yet; the reference runs" for layer in GPU
+    },
     "trn": {
         "csrc/formula/trn.h": "its cells are formula/lstm.h's",
         "kernels/trn.py": "a clip needs a barrier of the grid: CUDA C++ alone",
@@ -77,11 +80,11 @@ NAMES = {
     "DiagNormal", "Flow", "FlowDistribution", "GRU", "GRUCell", "GaussianMixture", "GlowStep", "Householder", "IDU",
     "Inverse", "Invertible1x1Conv", "InvertibleLinear", "LSTM", "LSTMCell", "Linear", "LipschitzMLP", "Logistic",
     "LogisticDistribution", "Logit", "MLP", "MatrixExponential", "MultiScale", "NormalPrior", "Permutation",
-    "Planar", "Radial", "Resampled", "ResidualFlow", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze",
-    "Sylvester", "TRN", "ZeroConv2d", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info",
+    "Planar", "PolynomialSplineCoupling", "Radial", "Resampled", "ResidualFlow", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze",
+    "Sylvester", "TRN", "ZeroConv2d", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "cubic_spline",
     "gru", "gru_reference", "hutchinson_trace", "hutchpp_trace", "idu", "idu_reference", "invertible_linear",
-    "invertible_linear_reference", "linear", "linear_reference", "lstm", "lstm_reference", "mlp_coupling",
-    "mlp_coupling_reference", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
+    "invertible_linear_reference", "linear", "linear_reference", "linear_spline", "lstm", "lstm_reference", "mlp_coupling",
+    "mlp_coupling_reference", "polynomial_spline", "polynomial_spline_reference", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
     "russian_roulette_logdet", "slogdet", "slogdet_reference", "trn", "trn_reference", "tune_malloc",
 }  # fmt: skip
 
