@@ -112,12 +112,7 @@ def use_kernel(op: str, x: Tensor) -> bool:
     The reference runs where there is no kernel for the device or dtype, inside ``torch.func`` transforms and
     forward-mode differentiation, and under :func:`reference_path`.
     """
-    return (
-        has_kernel_for(op, x)
-        and x.dtype in _KERNEL_DTYPES
-        and not _reference_only
-        and not transforms_active()
-    )
+    return has_kernel_for(op, x) and x.dtype in _KERNEL_DTYPES and not _reference_only and not transforms_active()
 
 
 def transforms_active() -> bool:
