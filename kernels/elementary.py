@@ -101,6 +101,12 @@ def exp(x):
 
 
 @triton.jit
+def sigmoid(x):
+    e = exp(-tl.abs(x))
+    return divide(tl.where(x < 0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
 def with_sign_of(x, magnitude):
     """magnitude, whose sign bit is clear, with x's sign."""
     if x.dtype == tl.float64:

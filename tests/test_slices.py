@@ -52,10 +52,6 @@ WITHOUT = {
         layer.format("invertible_linear"): "on a GPU torch's own products and solves run" for layer in GPU
     },
     "rational_quadratic_spline": {"kernels/rational_quadratic_spline.py": "not written yet: CUDA alone"},
-    **{
-        op: {f"kernels/{op}.py": "a whole sequence needs a barrier of the grid: CUDA C++ alone"}
-        for op in ("gru", "lstm")
-    },
     "idu": {layer.format("idu"): NO_KERNEL for layer in LAYERS if not layer.startswith(("pyflowgen", "tests"))},
     "trn": {
         "csrc/formula/trn.h": "its cells are formula/lstm.h's",
@@ -70,6 +66,7 @@ SHARED = {
     "csrc/module.cpp",
     "kernels/tile.py",
     "kernels/elementary.py",
+    "kernels/gates.py",
 }
 SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("glow", "memory", "nsf", "realnvp")}
 

@@ -16,6 +16,8 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from pyflowgen.kernels import affine_coupling as kernels  # noqa: E402
+from pyflowgen.kernels import gru as gru_kernels  # noqa: E402
+from pyflowgen.kernels import lstm as lstm_kernels  # noqa: E402
 from pyflowgen.kernels import slogdet as slogdet_kernels  # noqa: E402
 from pyflowgen.kernels import tile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -41,7 +43,10 @@ def interpret(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("file, least", [("triton_interpreter.py", 100), ("triton_interpreter_slogdet.py", 20)])
+@pytest.mark.parametrize(
+    "file, least",
+    [("triton_interpreter.py", 100), ("triton_interpreter_slogdet.py", 20), ("triton_interpreter_recurrence.py", 35)],
+)
 def test_interpreter(file: str, least: int) -> None:
     out = interpret("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / file))
     assert int(re.findall(r"(\d+) passed", out)[-1]) > least
@@ -135,7 +140,22 @@ def slogdet_case(batch: int, n: int, dtype: torch.dtype) -> Callable[[], None]:
     return call
 
 
+def gates_case(op: str, dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        state = torch.empty(64, 128, dtype=dtype)
+        if op == "lstm":
+            a = torch.empty(64, 512, dtype=dtype)
+            lstm_kernels.lstm_gates_backward(*[state] * 4, lstm_kernels.lstm_gates(a, a, state)[2])
+        else:
+            a = torch.empty(64, 384, dtype=dtype)
+            gru_kernels.gru_gates_backward(state, a, state, gru_kernels.gru_gates(a, a, state)[1])
+
+    return call
+
+
 CASES = {
+    "lstm gates": gates_case("lstm", torch.float32),
+    "gru gates": gates_case("gru", torch.float64),
     "slogdet, 2": slogdet_case(8192, 2, torch.float32),
     "slogdet, 8": slogdet_case(8192, 8, torch.bfloat16),
     "slogdet, 24": slogdet_case(512, 24, torch.float64),
