@@ -66,12 +66,13 @@ def register(op: str, fake: Callable[..., Any]) -> None:
     """Give operator ``op`` its fake, and its Triton launcher wherever the compiled library left the slot empty.
 
     The launcher is the function called ``op`` in a module of ``pyflowgen.kernels`` named after the stem (``op`` up to
-    ``_backward``). Without a compiled library the operator's schema comes from that launcher's annotations.
+    ``_gates`` and ``_backward``). Without a compiled library the operator's schema comes from that launcher's
+    annotations.
     """
     defined = bool(torch._C._dispatch_has_kernel(f"pyflowgen::{op}"))
     launcher = None
     if _triton and (_INTERPRET or torch.cuda.is_available()):
-        stem = op.removesuffix("_backward")
+        stem = op.removesuffix("_backward").removesuffix("_gates")
         if importlib.util.find_spec(f"pyflowgen.kernels.{stem}") is not None:
             launcher = getattr(importlib.import_module(f"pyflowgen.kernels.{stem}"), op, None)
     if not defined:

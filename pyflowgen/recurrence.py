@@ -14,8 +14,12 @@ from pyflowgen import _native
 
 Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
+Tensors = tuple[Tensor, ...]
+
 # op -> (gates, its states' names, its reference); `register` fills it.
-_CELLS: dict[str, tuple[int, tuple[str, ...], Callable[..., tuple[Tensor, ...]]]] = {}
+_CELLS: dict[str, tuple[int, tuple[str, ...], Callable[..., Tensors]]] = {}
+# op -> its step from x's and h's part of the gates' arguments and the state, in plain PyTorch.
+_STEPS: dict[str, Callable[..., Tensors]] = {}
 # The `storage` argument of the packing operators.
 STORAGE = {None: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -103,6 +107,57 @@ def use_kernel(op: str, x: Tensor) -> bool:
     )
 
 
+def use_gates(op: str, x: Tensor) -> bool:
+    """Whether a step's gates are one kernel, as Triton has it for GPUs, between torch's products."""
+    return (
+        isinstance(x, Tensor) and _native.use_kernel(f"{op}_gates", x) and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def one_step(op: str, x: Tensor, state: Tensors, weights: Weights) -> Tensors:
+    """The state after one step for x (batch, in), by the kernel of the gates."""
+    check(op, x.unsqueeze(0), state, weights, None)
+    return _gates(op, F.linear(x, weights[0], weights[2]), state, weights)
+
+
+def stepwise(
+    op: str, x: Tensor, state: Tensors, weights: Weights, batch_sizes: Tensor | None, reverse: bool
+) -> Tensors:
+    """The sequence step by step, where a GPU has the kernel of the gates alone."""
+    return unroll(op, lambda a, *s: _gates(op, a, s, weights), x, state, weights, batch_sizes, reverse)
+
+
+def _gates(op: str, a: Tensor, state: Tensors, weights: Weights) -> Tensors:
+    return _Gates.apply(op, a, F.linear(state[0], weights[1], weights[3]), *state)  # type: ignore[no-untyped-call]
+
+
+class _Gates(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, op, a, b, *state):  # type: ignore[no-untyped-def]
+        used = state[1:] if len(state) > 1 else state  # of an LSTM's state the cell alone is more than a factor
+        *new, kept = getattr(torch.ops.pyflowgen, f"{op}_gates").default(a, b, *used)
+        ctx.save_for_backward(a, b, *state, *new, kept)
+        ctx.op, ctx.states = op, len(state)
+        return tuple(new)
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        n = ctx.states
+        a, b, *rest, kept = ctx.saved_tensors
+        state, new = rest[:n], rest[n:]
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
+            inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (a, b, *state)]
+            found = torch.autograd.grad(
+                _STEPS[ctx.op](*inputs), inputs, grads, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            return None, *found
+        backward = getattr(torch.ops.pyflowgen, f"{ctx.op}_gates_backward").default
+        if n > 1:
+            da, dc = backward(*grads, state[1], new[1], kept)
+            return None, da, da, None, dc
+        return None, *backward(*grads, b, *state, kept)
+
+
 def packs(op: str, x: Tensor) -> bool:
     """Whether x's device has the kernels on packed weights: the CPU, whose others know no 16-bit dtypes."""
     return _native.has_kernel_for(f"{op}_pack", x)
@@ -157,9 +212,11 @@ class _Sequence(torch.autograd.Function):
         return None, None, None, None, *(g if n else None for g, n in zip(all_grads, need, strict=True))
 
 
-def register(op: str, gates: int, states: tuple[str, ...], reference: Callable[..., tuple[Tensor, ...]]) -> None:
-    """Give the operators of ``op`` their fakes, and the gradient its reference."""
-    _CELLS[op] = gates, states, reference
+def register(
+    op: str, gates: int, states: tuple[str, ...], reference: Callable[..., Tensors], step: Callable[..., Tensors]
+) -> None:
+    """Give the operators of ``op`` their fakes, and the gradients their references."""
+    _CELLS[op], _STEPS[op] = (gates, states, reference), step
     n = len(states)
 
     def fake(x, *rest, packed=None):  # type: ignore[no-untyped-def]
@@ -182,7 +239,17 @@ def register(op: str, gates: int, states: tuple[str, ...], reference: Callable[.
         new = tuple(x.new_empty(s.shape) for s in rest[:-1])
         return new if n > 1 else new[0]
 
-    for suffix, function in (("", fake), ("_keep", fake_keep), ("_backward", fake_backward), ("_step", fake_step)):
+    def fake_gates(a, b, state):  # type: ignore[no-untyped-def]
+        return *(torch.empty_like(state) for _ in range(n)), torch.empty_like(a)
+
+    def fake_gates_backward(*args):  # type: ignore[no-untyped-def]
+        *_, kept = args
+        given = torch.empty_like(kept), torch.empty_like(args[0])
+        return given if n > 1 else (torch.empty_like(kept), *given)
+
+    fakes: dict[str, Callable[..., Any]]
+    fakes = {"": fake, "_keep": fake_keep, "_backward": fake_backward, "_step": fake_step}
+    for suffix, function in (fakes | {"_gates": fake_gates, "_gates_backward": fake_gates_backward}).items():
         _native.register(op + suffix, function)
     _native.find_kernels(f"{op}_pack")
 
@@ -366,7 +433,10 @@ class SequenceLayer(nn.RNNBase):
             weights = self._weights(layer)
             panels = packed.get(self._op, *weights)
             before = [s[layer] for s in parts]
-            if panels is None or _native._reference_only:
+            if use_gates(self._op, x):
+                with torch.no_grad():
+                    after = one_step(self._op, x, tuple(before), weights)
+            elif panels is None or _native._reference_only:
                 with torch.no_grad():
                     after = _CELLS[self._op][2](x[None], *before, *weights)[1:]
             else:
@@ -388,8 +458,8 @@ class CellLayer(nn.RNNCellBase):
         self._pack = Packed()
 
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
-        batched = input.dim() == 2
-        if not use_kernel(self._op, input) or not (batched or input.dim() == 1):
+        batched, gates = input.dim() == 2, use_gates(self._op, input)
+        if not (gates or use_kernel(self._op, input)) or not (batched or input.dim() == 1):
             return super().forward(input, hx)
         x = input if batched else input.unsqueeze(0)
         if hx is None:
@@ -403,9 +473,11 @@ class CellLayer(nn.RNNCellBase):
         p = self._parameters
         weights: Weights = (p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"])  # type: ignore[assignment]
         packed = None
-        if not torch.compiler.is_compiling() and self._pack.dtype is None:
+        if not (gates or torch.compiler.is_compiling()) and self._pack.dtype is None:
             packed = self._pack.get(self._op, *weights)
-        if packed is None or (
+        if gates:
+            new = one_step(self._op, x, tuple(state), weights)
+        elif packed is None or (
             torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *state, *weights))
         ):
             new = sequence(self._op, x.unsqueeze(0), tuple(state), weights, None, False, packed)[1:]
@@ -416,9 +488,9 @@ class CellLayer(nn.RNNCellBase):
         return new if self._states > 1 else new[0]
 
     def _plain(self, x: Tensor, state: Any) -> Any:
-        """A step where no kernel runs."""
+        """A step where no kernel on packed weights runs."""
         with torch.no_grad():
-            return super().forward(x, state)
+            return self(x, state)
 
     def pack(self, dtype: torch.dtype | None = None) -> Any:
         """Hold the weights that :meth:`step` reads in ``dtype``: None (their own), bfloat16 or int8. Returns self.

@@ -151,7 +151,7 @@ PLANTED = {
         "address", "AddressSanitizer: heap-buffer-overflow",
     ),
     "a row beyond the step's": (
-        "lstm", "recurrence.cuh", "row + r < now.count ? row + r : now.count - 1;\n        x[r] = at", "row + r;\n        x[r] = at",
+        "lstm", "grid.cuh", "x(row + r < rows ? row + r : rows - 1)", "x(row + r)",
         "address", "AddressSanitizer: heap-buffer-overflow",
     ),
     "scores read before all are there": (

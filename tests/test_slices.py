@@ -48,10 +48,6 @@ WITHOUT = {
         **{layer.format("mlp_coupling"): "its kernels for GPUs are Triton's" for layer in GPU[:2]},
     },
     "invertible_linear": {layer.format("invertible_linear"): "its kernels for GPUs are Triton's" for layer in GPU[:2]},
-    **{
-        op: {f"kernels/{op}.py": "a whole sequence needs a barrier of the grid: CUDA C++ alone"}
-        for op in ("gru", "lstm")
-    },
     "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU if layer.startswith("csrc")},
     "polynomial_spline": {
         layer.format("polynomial_spline"): "no kernel for GPUs yet; the reference runs" for layer in GPU
@@ -70,6 +66,7 @@ SHARED = {
     "csrc/module.cpp",
     "kernels/tile.py",
     "kernels/elementary.py",
+    "kernels/gates.py",
 }
 SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("glow", "memory", "nsf", "realnvp")}
 

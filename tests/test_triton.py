@@ -17,7 +17,9 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from pyflowgen.kernels import affine_coupling as kernels  # noqa: E402
+from pyflowgen.kernels import gru as gru_kernels  # noqa: E402
 from pyflowgen.kernels import invertible_linear as linear_kernels  # noqa: E402
+from pyflowgen.kernels import lstm as lstm_kernels  # noqa: E402
 from pyflowgen.kernels import mlp_coupling as mlp_kernels  # noqa: E402
 from pyflowgen.kernels import rational_quadratic_spline as spline_kernels  # noqa: E402
 from pyflowgen.kernels import slogdet as slogdet_kernels  # noqa: E402
@@ -196,7 +198,22 @@ def mlp_case(
     return call
 
 
+def gates_case(op: str, dtype: torch.dtype) -> Callable[[], None]:
+    def call() -> None:
+        state = torch.empty(64, 128, dtype=dtype)
+        if op == "lstm":
+            a = torch.empty(64, 512, dtype=dtype)
+            lstm_kernels.lstm_gates_backward(*[state] * 4, lstm_kernels.lstm_gates(a, a, state)[2])
+        else:
+            a = torch.empty(64, 384, dtype=dtype)
+            gru_kernels.gru_gates_backward(state, a, state, gru_kernels.gru_gates(a, a, state)[1])
+
+    return call
+
+
 CASES = {
+    "lstm gates": gates_case("lstm", torch.float32),
+    "gru gates": gates_case("gru", torch.float64),
     "slogdet, 2": slogdet_case(8192, 2, torch.float32),
     "slogdet, 8": slogdet_case(8192, 8, torch.bfloat16),
     "slogdet, 24": slogdet_case(512, 24, torch.float64),

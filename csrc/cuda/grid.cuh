@@ -78,16 +78,17 @@ template <int count, int half = count / 2, class A> __device__ __forceinline__ A
   }
 }
 
-// N <= 4 outputs of `tile` rows: lane n * tile + r of each half warp gets sum_k w[min(n, last)][k] x[r][k].
+// N <= 4 outputs of 4 rows: lane n * tile + r of each half warp gets sum_k w[min(n, last)][k] x_r[k]. A function of its
+// own: kernels have many products, and none is short.
+static_assert(tile == 4);
 template <int N, class T, class X>
-__device__ __forceinline__ Compute<T> products(const T* w, int64_t stride, int last, X (&x)[tile], int depth) {
+__device__ __attribute__((noinline)) Compute<T> products(const T* w, int64_t stride, int last, const X* x0, const X* x1,
+                                                         const X* x2, const X* x3, int depth) {
   using A = Compute<T>;
   A sums[4 * tile] = {};
 #pragma unroll 2
   for (int k = int(threadIdx.x) % warp; k < depth; k += warp) {
-    A at[tile];
-#pragma unroll
-    for (int r = 0; r < tile; ++r) at[r] = widen(x[r][k]);
+    const A at[tile] = {widen(x0[k]), widen(x1[k]), widen(x2[k]), widen(x3[k])};
 #pragma unroll
     for (int n = 0; n < N; ++n) {
       const A weight = widen(w[(n < last ? n : last) * stride + k]);
@@ -96,6 +97,13 @@ __device__ __forceinline__ Compute<T> products(const T* w, int64_t stride, int l
     }
   }
   return sum_warp(sums);
+}
+// Of rows `row` and the next, those beyond the last being the last once more.
+template <int N, class T, class F>
+__device__ __forceinline__ Compute<T> products_from(const T* w, int64_t stride, int last, int64_t row, int64_t rows,
+                                                    const F& x, int depth) {
+  const auto from = [&](int r) { return x(row + r < rows ? row + r : rows - 1); };
+  return products<N>(w, stride, last, from(0), from(1), from(2), from(3), depth);
 }
 
 // f(n, row, sum_k w[n][k] x(row)[k]) for each of `count` outputs and `rows` rows, each by one thread.
@@ -107,10 +115,7 @@ template <class T, class X, class F> __device__ __forceinline__ void each_output
   for (int64_t task = int(threadIdx.x) / warp; task < tasks; task += int(blockDim.x) / warp) {
     const int first = int(task % groups) * tile;
     const int64_t row = task / groups * tile;
-    decltype(x(int64_t())) from[tile];
-#pragma unroll
-    for (int r = 0; r < tile; ++r) from[r] = x(row + r < rows ? row + r : rows - 1);
-    const auto sum = products<tile>(w.at + first * w.unit, w.unit, count - 1 - first, from, depth);
+    const auto sum = products_from<tile>(w.at + first * w.unit, w.unit, count - 1 - first, row, rows, x, depth);
     const int n = first + lane / tile;
     if (lane < tile * tile && n < count && row + lane % tile < rows) f(n, row + lane % tile, sum);
   }
@@ -125,10 +130,7 @@ template <int parts, class T, class X, class F> __device__ __forceinline__ void 
   for (int64_t task = int(threadIdx.x) / warp; task < tasks; task += int(blockDim.x) / warp) {
     const int unit = int(task % count);
     const int64_t row = task / count * tile;
-    decltype(x(int64_t())) from[tile];
-#pragma unroll
-    for (int r = 0; r < tile; ++r) from[r] = x(row + r < rows ? row + r : rows - 1);
-    const auto sum = products<parts>(w.at + unit * w.unit, w.part, parts - 1, from, depth);
+    const auto sum = products_from<parts>(w.at + unit * w.unit, w.part, parts - 1, row, rows, x, depth);
     Compute<T> a[4] = {};
 #pragma unroll
     for (int p = 0; p < parts; ++p) a[p] = __shfl_sync(full_warp, sum, p * tile + lane % tile);

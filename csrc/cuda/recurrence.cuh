@@ -55,7 +55,8 @@ template <class Cell, class T> __global__ void __launch_bounds__(threads, 1)
     // Rows whose last step this is end here.
     const int64_t ends_from = o.steps.reverse ? (t ? now.count : 0) : rows_of(o.steps, t + 1).count;
     const auto state_before = [&](int64_t row) {
-      return (row < before.count ? o.y + before.first * hidden : o.h0) + row * hidden;
+      const T* const states = row < before.count ? o.y + before.first * hidden : o.h0;
+      return states + row * hidden;
     };
     each_unit<gates>(weights, own.count, now.count, hidden, state_before, [&](int n, int64_t row, A(&a)[4]) {
       const int unit = own.first + n;
@@ -128,7 +129,8 @@ template <class Cell, class T> __global__ void __launch_bounds__(threads, 1)
     });
     barrier.meet();
     each_output(
-        weights, own.count, now.count, depth, [&](int64_t row) { return o.dgates_h + (now.first + row) * depth; },
+        weights, own.count, now.count, depth,
+        [&](int64_t row) { return static_cast<const T*>(o.dgates_h) + (now.first + row) * depth; },
         [&](int n, int64_t row, A sum) {
           A* const dh = o.dh + row * hidden + own.first + n;
           *dh = Cell::has_cell ? sum : *dh + sum;

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyflowgen import _native
-from pyflowgen.recurrence import CellLayer, SequenceLayer, register, sequence, unroll, use_kernel
+from pyflowgen.recurrence import CellLayer, SequenceLayer, register, sequence, stepwise, unroll, use_gates, use_kernel
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -27,13 +27,18 @@ def gru_reference(
     """Plain PyTorch definition of :func:`gru`, with the same arguments."""
 
     def step(a: Tensor, h: Tensor) -> tuple[Tensor]:
-        (a_r, a_z, a_n), (b_r, b_z, b_n) = a.chunk(3, -1), F.linear(h, weight_hh, bias_hh).chunk(3, -1)
-        n = torch.tanh(a_n + torch.sigmoid(a_r + b_r) * b_n)
-        return (n + torch.sigmoid(a_z + b_z) * (h - n),)
+        return _gates_reference(a, F.linear(h, weight_hh, bias_hh), h)
 
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     y, h = unroll("gru", step, x, (h,), weights, batch_sizes, reverse)
     return y, h
+
+
+def _gates_reference(a: Tensor, b: Tensor, h: Tensor) -> tuple[Tensor]:
+    """The state after a step, from x's and h's part of the gates' arguments."""
+    (a_r, a_z, a_n), (b_r, b_z, b_n) = a.chunk(3, -1), b.chunk(3, -1)
+    n = torch.tanh(a_n + torch.sigmoid(a_r + b_r) * b_n)
+    return (n + torch.sigmoid(a_z + b_z) * (h - n),)
 
 
 # ----------------------------------------------------------------------------------------------------- function
@@ -89,9 +94,13 @@ def gru(
         >>> torch.allclose(y, layer(x)[0], atol=1e-6), h.shape
         (True, torch.Size([2, 5]))
     """
+    weights = weight_ih, weight_hh, bias_ih, bias_hh
     if not use_kernel("gru", x):
-        return gru_reference(x, h, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse)
-    y, h = sequence("gru", x, (h,), (weight_ih, weight_hh, bias_ih, bias_hh), batch_sizes, reverse)
+        if not use_gates("gru", x):
+            return gru_reference(x, h, *weights, batch_sizes, reverse)
+        y, h = stepwise("gru", x, (h,), weights, batch_sizes, reverse)
+        return y, h
+    y, h = sequence("gru", x, (h,), weights, batch_sizes, reverse)
     return y, h
 
 
@@ -147,4 +156,4 @@ class GRUCell(CellLayer, nn.GRUCell):
 
 
 # --------------------------------------------------------------------------------------------------------- fake
-register("gru", 3, ("h",), gru_reference)
+register("gru", 3, ("h",), gru_reference, _gates_reference)

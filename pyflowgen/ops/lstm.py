@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyflowgen import _native
-from pyflowgen.recurrence import CellLayer, SequenceLayer, register, sequence, unroll, use_kernel
+from pyflowgen.recurrence import CellLayer, SequenceLayer, register, sequence, stepwise, unroll, use_gates, use_kernel
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -28,13 +28,18 @@ def lstm_reference(
     """Plain PyTorch definition of :func:`lstm`, with the same arguments."""
 
     def step(a: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        i, f, g, o = (a + F.linear(h, weight_hh, bias_hh)).chunk(4, -1)
-        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-        return torch.sigmoid(o) * torch.tanh(c), c
+        return _gates_reference(a, F.linear(h, weight_hh, bias_hh), h, c)
 
     weights = (weight_ih, weight_hh, bias_ih, bias_hh)
     y, h, c = unroll("lstm", step, x, (h, c), weights, batch_sizes, reverse)
     return y, h, c
+
+
+def _gates_reference(a: Tensor, b: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The state after a step, from x's and h's part of the gates' arguments."""
+    i, f, g, o = (a + b).chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
 
 
 # ----------------------------------------------------------------------------------------------------- function
@@ -93,9 +98,13 @@ def lstm(
         >>> torch.allclose(y, layer(x)[0], atol=1e-6), h.shape, c.shape
         (True, torch.Size([2, 5]), torch.Size([2, 5]))
     """
+    weights = weight_ih, weight_hh, bias_ih, bias_hh
     if not use_kernel("lstm", x):
-        return lstm_reference(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, batch_sizes, reverse)
-    y, h, c = sequence("lstm", x, (h, c), (weight_ih, weight_hh, bias_ih, bias_hh), batch_sizes, reverse)
+        if not use_gates("lstm", x):
+            return lstm_reference(x, h, c, *weights, batch_sizes, reverse)
+        y, h, c = stepwise("lstm", x, (h, c), weights, batch_sizes, reverse)
+        return y, h, c
+    y, h, c = sequence("lstm", x, (h, c), weights, batch_sizes, reverse)
     return y, h, c
 
 
@@ -161,4 +170,4 @@ class LSTMCell(CellLayer, nn.LSTMCell):
 
 
 # --------------------------------------------------------------------------------------------------------- fake
-register("lstm", 4, ("h", "c"), lstm_reference)
+register("lstm", 4, ("h", "c"), lstm_reference, _gates_reference)
