@@ -1,12 +1,13 @@
 """Temporal Recurrent Network: a stream's step, and training clips of 64 frames, with 8 decoder steps a frame.
 
-The rival is plain PyTorch with what does not hang on the recurrence taken out of it (the reference), which is already
-less work than the authors' code; no library has this layer. Compiled it is for a step alone: 64 frames unrolled take
-minutes to compile.
+The rival of clips is plain PyTorch with what does not hang on the recurrence taken out of it (the reference), which is
+already less work than the authors' code; no library has this layer. A step's rivals are torch's own layers, in
+float32, in bfloat16 and dynamically quantised; for steps on short weights those as short are "eager".
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -17,14 +18,21 @@ from .harness import Case, Factory, normal
 STEPS, CLASSES = 8, 22
 # batch, frames, features, hidden
 SIZES = [
-    (1, 1, 1024, 512),
-    (1, 1, 128, 64),
+    (4, 16, 128, 64),
     (1, 64, 1024, 512),
     (16, 64, 1024, 512),
     (1, 64, 128, 64),
     (16, 64, 128, 64),
 ]
-QUICK = {(1, 1, 1024, 512), (16, 64, 128, 64)}
+QUICK = {(4, 16, 128, 64)}
+# features, hidden, weights of the step
+STREAMS = [
+    (1024, 512, None),
+    (1024, 512, torch.bfloat16),
+    (1024, 512, torch.int8),
+    (128, 64, None),
+    (128, 64, torch.int8),
+]
 
 
 class _Both(nn.Module):
@@ -53,14 +61,94 @@ def provider(features: int, hidden: int, reference: bool) -> Factory:
     return make
 
 
+def layer_of(features: int, hidden: int) -> Any:
+    from pyflowgen import TRN
+
+    torch.manual_seed(0)
+    return TRN(features, hidden, CLASSES, steps=STEPS).eval()
+
+
+class _Frame(nn.Module):
+    """One frame by torch's own layers, which quantize_dynamic may exchange."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(dict(layer.named_children()))
+
+    def forward(self, frame: Tensor, h: Tensor, c: Tensor, future: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        m = self.layers
+        h, c = m["enc_cell"](torch.cat([m["feature_extractor"](frame), future], 1), (h, c))
+        g, k, u = m["hx_trans"](h), m["cx_trans"](c), torch.zeros_like(h)
+        states, scores = [], []
+        for _ in range(STEPS):
+            g, k = m["dec_cell"](u, (g, k))
+            scores.append(m["classifier"](g))
+            u = m["fusion_linear"](scores[-1])
+            states.append(g)
+        future = m["future_linear"](torch.stack(states, 1)).mean(1)
+        return m["classifier"](h), torch.stack(scores, 1), future
+
+
+def step_case(features: int, hidden: int, storage: torch.dtype | None) -> Case:
+    inputs = normal((1, features), (1, hidden), (1, hidden), (1, features))
+
+    def reference(device: torch.device, dtype: torch.dtype) -> Any:
+        import pyflowgen
+
+        layer = layer_of(features, hidden).to(device, dtype)
+
+        def call(frame: Tensor, h: Tensor, c: Tensor, future: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            with pyflowgen.reference_path():
+                out = layer(frame[:, None], (h, c, future))
+            return out.scores[:, 0], out.ahead[:, 0], out.future
+
+        return call
+
+    def short(device: torch.device, dtype: torch.dtype) -> Any:
+        frame = _Frame(layer_of(features, hidden))
+        if dtype is torch.float64:
+            return frame.to(device, dtype).forward
+        if storage is torch.bfloat16:
+            frame.to(device, storage)
+            given = [t.bfloat16() for t in inputs(device, dtype)]  # beforehand: the rival is not charged for it
+            return lambda *_: tuple(t.to(dtype) for t in frame(*given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.ao.quantization.quantize_dynamic(frame, {nn.LSTMCell, nn.Linear}).forward
+
+    def kernel(device: torch.device, dtype: torch.dtype) -> Any:
+        layer = layer_of(features, hidden).to(device, dtype).pack(storage)
+
+        def call(frame: Tensor, h: Tensor, c: Tensor, future: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            out = layer.step(frame, (h, c, future))
+            return out.scores, out.ahead, out.future
+
+        return call
+
+    a_frame = features**2 + 4 * hidden * (2 * features + hidden) + 2 * hidden**2
+    a_frame += STEPS * (8 * hidden**2 + hidden * (features + 2 * CLASSES)) - 4 * hidden**2
+    rivals = {"eager": short, "float32": reference} if storage else {"eager": reference}
+    return Case(
+        op="trn",
+        shape=f"step {features} -> {hidden}" + {None: "", torch.bfloat16: " bf16", torch.int8: " int8"}[storage],
+        dtype=torch.float32,
+        inputs=inputs,
+        providers={**rivals, "pyflowgen": kernel},
+        flops={"forward": 2.0 * a_frame},
+        modes=("forward",),
+        grad=(),
+        compile=() if storage else ("eager",),
+        quick=features == 1024 and storage is torch.int8,
+    )
+
+
 def case(batch: int, frames: int, features: int, hidden: int) -> Case:
     a_frame = features**2 + 4 * hidden * (2 * features + hidden) + 2 * hidden**2
     a_frame += STEPS * (8 * hidden**2 + hidden * (features + 2 * CLASSES))
     flops = 2.0 * batch * frames * a_frame
-    step = frames == 1
     return Case(
         op="trn",
-        shape=f"{batch}x{frames}x{features} -> {hidden}" + (" step" if step else ""),
+        shape=f"{batch}x{frames}x{features} -> {hidden}",
         dtype=torch.float32,
         inputs=normal((batch, frames, features)),
         providers={
@@ -68,12 +156,10 @@ def case(batch: int, frames: int, features: int, hidden: int) -> Case:
             "pyflowgen": provider(features, hidden, False),
         },
         flops={"forward": flops, "forward+backward": 3 * flops},
-        modes=("forward",) if step else ("forward", "forward+backward"),
-        grad=() if step else None,
-        compile=("eager",) if step else (),
+        compile=(),
         quick=(batch, frames, features, hidden) in QUICK,
     )
 
 
 def cases(device: torch.device) -> list[Case]:
-    return [case(*size) for size in SIZES]
+    return [*(step_case(*stream) for stream in STREAMS), *(case(*size) for size in SIZES)]

@@ -382,6 +382,7 @@ def _say_detection(found: dict[str, Any]) -> str:
 @click.option("--state", type=click.Path(path_type=Path), help="Keep the state in this file, and go on from it.")
 @click.option("--save-every", type=float, default=5.0, help="Seconds between writes of --state.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines instead of CSV on standard output.")
+@click.option("--pack", type=click.Choice(["bf16", "int8"]), help="Run on shorter weights.  [default: as trained]")
 @_weights
 @_common
 def detect(
@@ -393,6 +394,7 @@ def detect(
     state: Path | None,
     save_every: float,
     as_json: bool,
+    pack: str | None,
     weights: str,
     path: str | None,
     device: str,
@@ -411,6 +413,11 @@ def detect(
     if not isinstance(loaded.model, Detector):
         raise RunError(f"{run}: holds a {loaded.config['model']}, which finds no actions; expected a detector")
     model, names = loaded.model, loaded.config["data"]["classes"]
+    if pack:
+        try:
+            model.pack({"bf16": torch.bfloat16, "int8": torch.int8}[pack])
+        except ValueError as error:
+            raise RunError(f"--pack {pack}: {error}") from None
     piped = str(stream) == "-"
     before, number, offset = (None, 0, 0)
     if state is not None and state.exists():

@@ -17,7 +17,7 @@ Weights = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 # op -> (gates, its states' names, its reference); `register` fills it.
 _CELLS: dict[str, tuple[int, tuple[str, ...], Callable[..., tuple[Tensor, ...]]]] = {}
 # The `storage` argument of the packing operators.
-_STORAGE = {None: 0, torch.bfloat16: 1, torch.int8: 2}
+STORAGE = {None: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 def check(op: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights, batch_sizes: Tensor | None) -> None:
@@ -97,10 +97,15 @@ def unroll(
 def use_kernel(op: str, x: Tensor) -> bool:
     return (
         isinstance(x, Tensor)
-        and (x.dtype is torch.float32 or x.dtype is torch.float64)
         and _native.use_kernel(op, x)
-        and not torch.is_autocast_enabled("cpu")
+        and (x.dtype is torch.float32 or x.dtype is torch.float64 or not packs(op, x))
+        and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+def packs(op: str, x: Tensor) -> bool:
+    """Whether x's device has the kernels on packed weights: the CPU, whose others know no 16-bit dtypes."""
+    return _native.has_kernel_for(f"{op}_pack", x)
 
 
 def sequence(
@@ -179,6 +184,7 @@ def register(op: str, gates: int, states: tuple[str, ...], reference: Callable[.
 
     for suffix, function in (("", fake), ("_keep", fake_keep), ("_backward", fake_backward), ("_step", fake_step)):
         _native.register(op + suffix, function)
+    _native.find_kernels(f"{op}_pack")
 
 
 class Packed:
@@ -215,7 +221,7 @@ class Packed:
         seen = self._seen
         if versions == self._versions and seen[0] is w and seen[1] is v and seen[2] is b and seen[3] is d and versions:
             return self._packed
-        if not use_kernel(op, w):
+        if not (use_kernel(op, w) and packs(op, w)):
             return None
         if self.dtype is torch.int8 and not (w.isfinite().all() and v.isfinite().all()):
             raise ValueError(f"{op}: a weight is not finite, which int8 cannot hold")
@@ -226,18 +232,22 @@ class Packed:
 
     def _make(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor:
         make = getattr(torch.ops.pyflowgen, f"{op}_pack")
-        return make(w, v, b, d, _STORAGE[self.dtype])
+        return make(w, v, b, d, STORAGE[self.dtype])
 
 
 def storage_of(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype | None:
     """The dtype as :class:`Packed` takes it."""
     if dtype is weight.dtype:
         return None
-    if dtype not in _STORAGE or (dtype is not None and weight.dtype is not torch.float32):
+    if dtype not in STORAGE or (dtype is not None and weight.dtype is not torch.float32):
         raise ValueError(
             f"dtype is {dtype} for {weight.dtype} weights, expected None, or torch.bfloat16 or torch.int8 for float32"
         )
     return dtype
+
+
+# Of that many rows the kernel for GPUs, which uses no tensor cores, is bound by arithmetic: cuDNN's turn. Not measured.
+_CUDNN_BATCH = 32
 
 
 class SequenceLayer(nn.RNNBase):
@@ -259,7 +269,7 @@ class SequenceLayer(nn.RNNBase):
 
     def _torch_is_faster(self, x: Tensor) -> bool:
         """Whether to leave sequences of one length to torch's own kernel."""
-        return False
+        return x.is_cuda and x.dim() == 3 and x.shape[0 if self.batch_first else 1] > _CUDNN_BATCH
 
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
         data = input.data if isinstance(input, PackedSequence) else input

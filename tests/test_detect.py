@@ -19,6 +19,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from pyflowgen import build_info
 from pyflowgen.cli import main
 from pyflowgen.data import DataError
 from pyflowgen.data.streams import Stream, Streams, toy_streams
@@ -346,6 +347,17 @@ def test_detect_goes_on_bit_for_bit(trained, tmp_path):
     second = run("detect", trained, "-", "--state", state, input="".join(lines[50:]))
     assert scores_of(first.stdout) | scores_of(second.stdout) == want
     fails("detect", trained, tmp_path / "nowhere.csv", words=["nowhere.csv"])
+
+
+def test_detect_on_short_weights(trained, tmp_path):
+    path = csv_of(toy_streams().test[0], tmp_path / "s.csv")
+    if trained.name == "idn":
+        return fails("detect", trained, path, "--pack", "int8", words=["--pack int8", "IDN"])
+    want = scores_of(run("detect", trained, path).stdout)
+    for storage in ("bf16", "int8"):
+        got = scores_of(run("detect", trained, path, "--pack", storage).stdout)
+        apart = max(abs(a - b) for t in want for a, b in zip(want[t], got[t], strict=True))
+        assert got.keys() == want.keys() and apart < 0.02 and (got != want or "library" not in build_info())
 
 
 def test_bad_frames_leave_the_state_alone(trained, tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import pyflowgen
 from pyflowgen.models import IDN, TRN, Detector, GRUDetector, LiveStreams, LSTMDetector
 from pyflowgen.models.detector import frame_loss, monotone_ranking_loss
 
@@ -292,3 +293,31 @@ def test_live_streams_name_what_is_wrong(model):
         with pytest.raises(ValueError, match=message):
             call()
     assert live.names == ("a",)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def test_packed_weights_are_for_steps_alone(model, dtype):
+    """Scores near the clip's; parameters and clips as they were; many streams as each alone."""
+    x, before = frames(20), {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        clip = model(x)
+    if isinstance(model, IDN):
+        with pytest.raises(ValueError, match="IDN.pack: there is no step on torch"):
+            model.pack(dtype)
+        return
+    assert model.pack(dtype) is model
+    live = LiveStreams(model)
+    for name in "abc":
+        live.join(name)
+    state = model.init_state(1)
+    with torch.no_grad():
+        for t in range(20):
+            scores, state = model.step(x[:1, t], state)
+            found = live.step({n: x[i, t] for i, n in enumerate("abc")})
+            torch.testing.assert_close(found["a"], model.probabilities(scores)[0], rtol=0, atol=1e-6)
+            assert (scores - clip[:1, t]).abs().max() < 0.02
+            if "library" in pyflowgen.build_info():
+                assert not torch.equal(scores, clip[:1, t])
+        torch.testing.assert_close(model(x), clip, rtol=0, atol=0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys()

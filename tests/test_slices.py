@@ -45,17 +45,19 @@ WITHOUT = {
     "mlp_coupling": {
         "csrc/formula/mlp_coupling.h": "the transforms' formulas are those of the ops it is made of",
         "benchmarks/bench_mlp_coupling.py": "timed as whole flows, in bench_realnvp and bench_nsf",
-        **{layer.format("mlp_coupling"): "no GPU kernel yet: layer by layer there" for layer in GPU},
+        **{layer.format("mlp_coupling"): "its kernels for GPUs are Triton's" for layer in GPU[:2]},
     },
     "invertible_linear": {
         layer.format("invertible_linear"): "on a GPU torch's own products and solves run" for layer in GPU
     },
-    "rational_quadratic_spline": {"kernels/rational_quadratic_spline.py": "not written yet: CUDA alone"},
-    **{op: {layer.format(op): "on a GPU cuDNN's own recurrence runs" for layer in GPU} for op in ("gru", "lstm")},
+    **{
+        op: {f"kernels/{op}.py": "a whole sequence needs a barrier of the grid: CUDA C++ alone"}
+        for op in ("gru", "lstm")
+    },
     "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU if layer.startswith("csrc")},
     "trn": {
         "csrc/formula/trn.h": "its cells are formula/lstm.h's",
-        **{layer.format("trn"): "no kernel for GPUs yet; the reference runs" for layer in GPU},
+        "kernels/trn.py": "a clip needs a barrier of the grid: CUDA C++ alone",
     },
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.

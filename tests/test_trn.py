@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -307,6 +308,8 @@ def test_usual_path_is_the_kernel():
     layer = TRN(5, 7, 4, steps=3)
     with torch.no_grad():
         assert seen(lambda: layer(args[0])) == {"pyflowgen::trn"}
+        assert seen(lambda: layer(args[0][:, :1])) == {"pyflowgen::trn_pack", "pyflowgen::trn_step"}
+    assert seen(lambda: layer.step(args[0][:, 0], layer.init_state(2))) == {"pyflowgen::trn_step"}
     with pyflowgen.reference_path():
         assert seen(lambda: run(pyflowgen.trn, args, steps=3)) == set()
     half = [t.detach().to(torch.bfloat16) for t in args]
@@ -442,13 +445,277 @@ def test_hostile_values_stay_where_they_are():
         torch.testing.assert_close(dirty[0], want[0], equal_nan=True)
 
 
+# ---- a stream's step
+
+# features, hidden, classes, steps: blocks of one lane, all but one, one more than whole, several for each thread
+STREAMS = [(5, 7, 4, 3), (1, 1, 1, 1), (33, 70, 5, 2), (20, 129, 70, 3), (64, 256, 22, 8)]
+STORAGE = [None, torch.bfloat16, torch.int8]
+storages = pytest.mark.parametrize("dtype", STORAGE, ids=["same", "bf16", "int8"])
+
+
+def eight_bits(t: Tensor) -> Tensor:
+    """Rows as 8-bit integers times a scale."""
+    largest = t.float().abs().amax(1, keepdim=True)
+    return (t.float() * torch.div(torch.tensor(127.0), largest)).round().nan_to_num().double() * largest / 127
+
+
+def product(dtype, weight: Tensor, x: Tensor) -> Tensor:
+    """x weight^T in float64, each as the step has it."""
+    if dtype is torch.int8:
+        return eight_bits(x) @ eight_bits(weight).T
+    return x.double() @ (weight if dtype is None else weight.bfloat16()).double().T
+
+
+def rounded_step(layer: TRN, frame: Tensor, state: tuple[Tensor, ...], dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """A frame by the equations, with the weights and inputs that a step on ``dtype`` has, states as floats."""
+    w = layer.weights()
+    h, c, future = (s.double() for s in state)
+
+    def cell(parts, bias, c):
+        i, f, g, o = (sum(product(dtype, weight, x.float()) for weight, x in parts) + bias).chunk(4, 1)
+        c = (f.sigmoid() * c + i.sigmoid() * g.tanh()).float().double()
+        return (o.sigmoid() * c.tanh()).float().double(), c
+
+    def fc(weight, bias, x, dtype=dtype):
+        return (product(dtype, weight, x.float()) + bias).relu().float().double()
+
+    def decode(h, c):
+        g, k = fc(w.hx_weight, w.hx_bias, h), fc(w.cx_weight, w.cx_bias, c)
+        u, states, found = torch.zeros_like(g), [], []
+        for _ in range(layer.steps):
+            g, k = cell([(w.dec_weight_ih, u), (w.dec_weight_hh, g)], w.dec_bias, k)
+            found.append(product(None, w.classifier_weight, g) + w.classifier_bias)
+            u = fc(w.fusion_weight, w.fusion_bias, found[-1], None)
+            states.append(g)
+        if layer.pool == "before":
+            ahead = fc(w.future_weight, w.future_bias, sum(states) / layer.steps)
+        else:
+            ahead = sum(fc(w.future_weight, w.future_bias, g) for g in states) / layer.steps
+        return torch.stack(found, 1), ahead
+
+    if layer.start == "previous":
+        ahead, future = decode(h, c)
+    transform = layer.feature_extractor.input_linear[0]
+    x, n = fc(transform.weight, transform.bias, frame), layer.features
+    h, c = cell([(w.enc_weight_ih[:, :n], x), (w.enc_weight_ih[:, n:], future), (w.enc_weight_hh, h)], w.enc_bias, c)
+    if layer.start == "current":
+        ahead, future = decode(h, c)
+    return product(None, w.classifier_weight, h) + w.classifier_bias, ahead, h, c, future
+
+
+def random_state(layer: TRN, batch: int) -> tuple[Tensor, ...]:
+    like = layer.init_state(batch)
+    return torch.randn_like(like[0]).tanh(), torch.randn_like(like[1]), torch.rand_like(like[2])
+
+
+@kernel
+@torch.no_grad()
+@storages
+@pytest.mark.parametrize(("pool", "start"), OPTIONS)
+@pytest.mark.parametrize("size", STREAMS, ids=str)
+def test_step_is_that_of_the_rounded_weights(size, pool, start, dtype):
+    """And of nothing else; a stream gets the bits it would get alone."""
+    torch.manual_seed(0)
+    features, hidden, classes, steps = size
+    layer = TRN(features, hidden, classes, steps=steps, pool=pool, start=start).pack(dtype)
+    for batch in (1, 9):
+        frame, state = torch.randn(batch, features), random_state(layer, batch)
+        out = layer.step(frame, state)
+        for got, want in zip(out, rounded_step(layer, frame, state, dtype), strict=True):
+            # an 8-bit rounding that falls the other way shows as a step of the scale
+            bound = 3e-6 if dtype is not torch.int8 else 5e-3 / hidden**0.5 + 1e-4
+            difference = (got - want).abs()
+            assert difference.max() < bound * (1 + want.abs().max()), dtype
+            assert difference.mean() < (3e-6 if dtype is not torch.int8 else 2e-4), dtype
+        alone = layer.step(frame[-1:], [s[-1:] for s in state])
+        assert all(torch.equal(a[0], b[-1]) for a, b in zip(alone, out, strict=True))
+
+
+@kernel
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("pool", "start"), OPTIONS)
+def test_steps_are_the_clip(pool, start, dtype):
+    torch.manual_seed(0)
+    layer = TRN(20, 37, 5, steps=3, pool=pool, start=start).to(dtype)
+    frames = torch.randn(7, 30, 20, dtype=dtype)
+    whole, state = layer(frames), layer.init_state(7)
+    for t in range(30):
+        scores, ahead, *state = layer.step(frames[:, t], state)
+        torch.testing.assert_close(scores, whole.scores[:, t], rtol=0, atol=20 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(ahead, whole.ahead[:, t], rtol=0, atol=20 * torch.finfo(dtype).eps)
+    for got, want in zip(state, whole[2:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=50 * torch.finfo(dtype).eps)
+
+
+@kernel
+@torch.no_grad()
+def test_short_weights_stay_near():
+    """64 frames of a stream against float32: how far scores are, and that the class is nearly always the same."""
+    torch.manual_seed(0)
+    layer, frames = TRN(128, 64, 22), torch.randn(4, 64, 128)
+    whole = layer(frames)
+    for dtype, bound, same in ((torch.bfloat16, 2e-3, 0.97), (torch.int8, 1e-2, 0.9)):
+        layer.pack(dtype)
+        state, scores = layer.init_state(4), []
+        for t in range(64):
+            out = layer.step(frames[:, t], state)
+            state = out[2:]
+            scores.append(out.scores)
+        found = torch.stack(scores, 1)
+        assert 1e-5 < (found - whole.scores).abs().max() < bound
+        assert (found.argmax(2) == whole.scores.argmax(2)).float().mean() > same
+        assert torch.equal(layer(frames).scores, whole.scores), "clips know nothing of it"
+
+
+@kernel
+@torch.no_grad()
+@storages
+def test_step_packs_once_and_anew_when_weights_change(dtype):
+    torch.manual_seed(0)
+    layer = TRN(5, 7, 4, steps=3).pack(dtype)
+    frame, state, names = torch.randn(2, 5), random_state(layer, 2), set(layer.state_dict())
+
+    def agrees() -> None:
+        got = layer.step(frame, state)
+        want = rounded_step(layer, frame, state, dtype)
+        assert (got.scores - want[0]).abs().max() < 2e-3
+
+    agrees()
+    made = _streams[layer]
+    packed = made.steps[dtype]
+    layer.step(frame, state)
+    assert _streams[layer] is made and made.steps[dtype] is packed and set(made.steps) == {dtype}
+    for change in (
+        *(lambda p=p: p.copy_(torch.randn_like(p)) for p in layer.parameters()),
+        lambda: layer.load_state_dict(TRN(5, 7, 4, steps=3).state_dict()),
+        lambda: (layer.train(), fused_step(layer), layer.eval()),
+        lambda: setattr(layer.hx_trans[0].weight, "data", torch.randn(7, 7)),
+        lambda: setattr(layer.classifier, "weight", nn.Parameter(torch.randn(4, 7))),
+        lambda: setattr(layer, "dec_cell", nn.LSTMCell(7, 7)),
+        lambda: setattr(layer.future_linear, "0", nn.Linear(7, 5)),
+    ):
+        before = layer.step(frame, state)
+        change()
+        agrees()
+        assert any(not torch.equal(a, b) for a, b in zip(before, layer.step(frame, state), strict=True)), change
+    assert set(layer.state_dict()) == names
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    assert twin not in _streams
+    for a, b in zip(twin.step(frame, state), layer.step(frame, state), strict=True):
+        assert torch.equal(a, b), "a copy has the dtype, and packs for itself"
+    with torch.inference_mode():
+        layer = TRN(5, 7, 4, steps=3).pack(dtype)
+        agrees()
+        layer.dec_cell.weight_hh.mul_(3)
+        agrees()
+
+
+@kernel
+@torch.no_grad()
+@storages
+def test_step_sees_what_is_not_a_number(dtype):
+    layer = TRN(5, 20, 4, steps=2).pack(dtype)
+    for value in (float("nan"), float("inf")):
+        for place in range(4):
+            frame, *state = given = torch.zeros(3, 5), *layer.init_state(3)
+            given[place][1, 3] = value
+            out = layer.step(frame, state)
+            assert all(t[[0, 2]].isfinite().all() for t in out)
+            if value != value:
+                assert out.c[1].isnan().any() and out.scores[1].isnan().any()
+    if dtype is torch.int8:
+        layer.hx_trans[0].weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="not finite"):
+            layer.step(torch.zeros(1, 5), layer.init_state(1))
+
+
+@kernel
+def test_step_in_threads_of_all_kinds():
+    """More threads than cores and several callers at once: the same bits, and an end."""
+    torch.manual_seed(0)
+    layer, threads = TRN(64, 160, 22, steps=3), torch.get_num_threads()
+    frame, state = torch.randn(2, 64), random_state(layer, 2)
+    twins = [copy.deepcopy(layer).pack(dtype) for dtype in STORAGE]
+    want = [twin.step(frame, state) for twin in twins]
+
+    def agree() -> bool:
+        return all(
+            torch.equal(a, b)
+            for twin, outs in zip(twins, want, strict=True)
+            for a, b in zip(twin.step(frame, state), outs, strict=True)
+        )
+
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            assert agree()
+            results: list[bool] = []
+            callers = [threading.Thread(target=lambda r=results: r.append(agree())) for _ in range(3)]
+            for caller in callers:
+                caller.start()
+            for caller in callers:
+                caller.join(60)
+            assert results == [True] * 3
+    finally:
+        torch.set_num_threads(threads)
+
+
+@kernel
+def test_step_opcheck_and_refusals():
+    layer = TRN(5, 7, 4, steps=3)
+    frame, state = torch.randn(2, 5), layer.init_state(2)
+    for storage in range(3):
+        transform = layer.feature_extractor.input_linear[0]
+        weights = [t.detach() for t in (transform.weight, transform.bias, *layer.weights())]
+        packed = torch.ops.pyflowgen.trn_pack(weights, storage)
+        how = (4, 3, False, True)
+        torch.library.opcheck(torch.ops.pyflowgen.trn_step.default, (frame, *state, packed, *how))
+    step, h, c, future = torch.ops.pyflowgen.trn_step, *state
+    for call, message in (
+        (lambda: layer.step(torch.zeros(2, 6), state), "do not fit"),
+        (lambda: layer.step(torch.zeros(3, 5), state), "do not fit"),
+        (lambda: layer.step(torch.zeros(5), state), "do not fit"),
+        (lambda: layer.step(frame, (h, c[:, 1:], future)), "do not fit"),
+        (lambda: layer.step(frame.double(), state), "one dtype"),
+        (lambda: step(frame, h, c, future, packed, 5, 3, False, False), "packed weights do not"),
+        (lambda: step(*(t.double() for t in (frame, *state)), packed, *how), "packed from"),
+        (lambda: torch.ops.pyflowgen.trn_pack(weights[1:], 0), "expected 18"),
+        (lambda: torch.ops.pyflowgen.trn_pack([*weights[:2], weights[2][1:], *weights[3:]], 0), "weight 2 has shape"),
+        (lambda: torch.ops.pyflowgen.trn_pack([t.double() for t in weights], 1), "storage float32"),
+    ):
+        with pytest.raises((RuntimeError, ValueError), match=message):
+            call()
+    with pytest.raises(ValueError, match="dtype is torch.float16"):
+        layer.pack(torch.float16)
+    with pytest.raises(ValueError, match="dtype is torch.int8 for torch.float64 weights"):
+        copy.deepcopy(layer).double().pack(torch.int8)
+    assert [t.shape for t in layer.step(frame[:0], layer.init_state(0))] == [(0, 4), (0, 3, 4), (0, 7), (0, 7), (0, 5)]
+
+
+def test_step_without_kernel():
+    layer = TRN(5, 7, 4, steps=3, dropout=0.5).pack(torch.int8)
+    frame, state = torch.randn(2, 5), random_state(layer, 2)
+    with pyflowgen.reference_path():
+        out = layer.step(frame, state)
+        with pytest.raises(ValueError, match=r"frame has shape \(2, 6\)"):
+            layer.step(torch.zeros(2, 6), state)
+        want = layer.eval()(frame[:, None], state)
+    assert not out.scores.requires_grad
+    torch.testing.assert_close(out.scores, want.scores[:, 0].detach())
+    for a, b in zip(out[2:], want[2:], strict=True):
+        torch.testing.assert_close(a, b.detach())
+    half = copy.deepcopy(layer).bfloat16().step(frame.bfloat16(), [s.bfloat16() for s in state])
+    torch.testing.assert_close(half.scores.float(), out.scores, rtol=0, atol=0.05)
+
+
 @kernel
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_lesser_instruction_sets(capability):
     if os.environ.get("ATEN_CPU_CAPABILITY"):
         pytest.skip("this is one of them already")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "values or published or threads"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", "values or published or threads or step"],
         env={**os.environ, "ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

@@ -1,4 +1,5 @@
-// The loops of recurrence.h, for a cell whose Pointwise is given. Included only from lstm.simd.cpp and gru.simd.cpp.
+// The loops of recurrence.h, for a cell whose Pointwise is given. Included only from lstm.simd.cpp, gru.simd.cpp, and
+// trn.simd.cpp, which makes its own step of the innermost ones.
 //
 // A tile is a block of units times a few rows. Its four accumulators a row are the arguments of the gates; a GRU's
 // fourth is h's part of the new gate. They meet the gates' functions in registers: between the product and the next
@@ -190,10 +191,11 @@ template <int gates, int rows>
 }
 #endif
 
-// sum += x's or h's part of the arguments from bytes q and their scales.
+// sum += x's or h's part of the arguments from bytes q and their scales; w_scales and offsets are the block's.
 template <class Cell, bool h_part, int rows>
 PYFLOWGEN_INLINE void accumulate_int8(f32v (&sum)[rows][4], int64_t depth, const uint8_t* q, int64_t q_row,
-                                      const float* scale, const int8_t* panel, const char* scales) {
+                                      const float* scale, const int8_t* panel, const float* w_scales,
+                                      const int32_t* offsets) {
   constexpr int gates = Cell::gates;
   i32v total[rows][gates] = {};
 #if defined(__AVX512F__)
@@ -204,9 +206,8 @@ PYFLOWGEN_INLINE void accumulate_int8(f32v (&sum)[rows][4], int64_t depth, const
     accumulate_bytes<gates, rows>(total, padded<int8_t>(depth), q, q_row, panel);
 #pragma GCC unroll 4
   for (int g = 0; g < gates; ++g) {
-    const char* at = scales + (h_part ? gates + g : g) * vector_bytes;
-    const f32v w_scale = load(reinterpret_cast<const float*>(at));
-    const i32v offset = load(reinterpret_cast<const int32_t*>(at + 2 * gates * vector_bytes));
+    const f32v w_scale = load(w_scales + g * lanes<float>);
+    const i32v offset = load(offsets + g * lanes<float>);
 #pragma GCC unroll 6
     for (int r = 0; r < rows; ++r) {
       f32v& s = sum[r][slot<Cell>(g, h_part)];
@@ -229,9 +230,12 @@ PYFLOWGEN_INLINE void step_tile(const RecurrentStep<T>& o, int64_t block, int64_
     for (int g = 0; g < 4; ++g) sum[r][g] = load<T>(start + g * lanes<T>);
   const W *x_panel = reinterpret_cast<const W*>(base), *h_panel = reinterpret_cast<const W*>(base + place.h);
   if constexpr (std::is_same_v<W, int8_t>) {
-    accumulate_int8<Cell, false, rows>(sum, o.in, q, q_row, scale, x_panel, base + place.scale);
-    accumulate_int8<Cell, true, rows>(sum, o.hidden, q + padded<W>(o.in), q_row, scale + rows, h_panel,
-                                      base + place.scale);
+    constexpr int each = Cell::gates * lanes<T>;
+    const float* scales = reinterpret_cast<const float*>(base + place.scale);
+    const int32_t* offsets = reinterpret_cast<const int32_t*>(scales) + 2 * each;
+    accumulate_int8<Cell, false, rows>(sum, o.in, q, q_row, scale, x_panel, scales, offsets);
+    accumulate_int8<Cell, true, rows>(sum, o.hidden, q + padded<W>(o.in), q_row, scale + rows, h_panel, scales + each,
+                                      offsets + each);
   } else {
     accumulate<Cell, false, rows>(sum, o.in, o.x + row * o.in, o.in, x_panel);
     accumulate<Cell, true, rows>(sum, o.hidden, o.h + row * o.hidden, o.hidden, h_panel);

@@ -140,6 +140,13 @@ class Detector(nn.Module):
         """The state of ``batch`` streams before their first frame: tensors whose first dimension is the batch."""
         raise NotImplementedError
 
+    def pack(self, dtype: torch.dtype | None = None) -> Detector:
+        """Hold the recurrent weights that :meth:`step` reads in ``dtype``: None (their own), bfloat16 or int8.
+
+        Parameters, ``state_dict`` and clips stay as they are. Returns self.
+        """
+        raise ValueError(f"{type(self).__name__}.pack: there is no step on {dtype} weights for this model")
+
     def probabilities(self, scores: Tensor) -> Tensor:
         """Softmax over the classes that are not ignored; those get 0."""
         if self.ignored:
@@ -265,6 +272,10 @@ class LSTMDetector(Detector):
     def init_state(self, batch: int) -> State:
         return self.recurrence.init_state(batch)
 
+    def pack(self, dtype: torch.dtype | None = None) -> LSTMDetector:
+        self.recurrence.rnn.pack(dtype)
+        return self
+
     def run(self, features: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         y, state = self.recurrence(self._standard(features), state or self.init_state(len(features)))
         return self.classifier(self.dropout(y)), state
@@ -327,6 +338,10 @@ class GRUDetector(Detector):
     def init_state(self, batch: int) -> State:
         return self.recurrence.init_state(batch)
 
+    def pack(self, dtype: torch.dtype | None = None) -> GRUDetector:
+        self.recurrence.rnn.pack(dtype)
+        return self
+
     def run(self, features: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         embedded = self.embed(self._standard(features))
         y, state = self.recurrence(embedded, state or self.init_state(len(features)))
@@ -341,6 +356,8 @@ class GRUDetector(Detector):
 # --------------------------------------------------------------------------------------------------- many streams
 class LiveStreams:
     """Many streams on one model: they join and leave as they like, and those that have a frame share one batch.
+
+    ``LiveStreams(model.pack(torch.int8))`` runs them on 8-bit weights, see :meth:`Detector.pack`.
 
     >>> import torch
     >>> from pyflowgen.models import LiveStreams, LSTMDetector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyflowgen.models.detector import Detector, State, frame_loss
@@ -69,6 +70,18 @@ class TRN(Detector):
     def run(self, features: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         scores, _, *after = self._all(features, state)
         return scores, dict(zip(("h", "c", "future"), after, strict=True))
+
+    def step(self, frame: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        if torch.is_grad_enabled() or frame.dim() != 2:
+            return super().step(frame, state)
+        state = state or self.init_state(len(frame))
+        x = self._standard(frame[:, None])[:, 0]
+        scores, _, *after = self.trn.step(x, (state["h"], state["c"], state["future"]))
+        return scores, dict(zip(("h", "c", "future"), after, strict=True))
+
+    def pack(self, dtype: torch.dtype | None = None) -> TRN:
+        self.trn.pack(dtype)
+        return self
 
     def anticipate(self, features: Tensor) -> Tensor:
         """Scores of the decoder's steps, ``(batch, frames, steps, classes)``; step i is of frame t + i − 1 + offset."""

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyflowgen import _native
+from pyflowgen._native import tracing
+from pyflowgen.recurrence import STORAGE, storage_of
 
 Pool = Literal["after", "before"]
 Start = Literal["current", "previous"]
@@ -239,27 +241,58 @@ def _use_kernel(*tensors: Any) -> bool:
     )
 
 
+def _packs(x: Tensor) -> bool:
+    """Whether kernels of x's device take packed matrices, as on the CPU; those of a GPU take them as they are."""
+    return _native.has_kernel_for("trn_step", x)
+
+
+def _panels(matrix: Tensor) -> Tensor:
+    return torch.ops.pyflowgen.linear_pack.default(matrix) if _packs(matrix) else matrix.contiguous()
+
+
 # The seven matrices as the kernel takes them, between them the biases; see csrc/trn.cpp.
 Packs = tuple[Tensor, ...]
 
 
-class _Stream(NamedTuple):
-    """What a layer packed last, for streams: versions and addresses of its parameters, its weights, their panels.
+class _Stream:
+    """What a layer packed last, for streams, and whether it still holds: versions and addresses of its parameters.
 
-    Writes may hide from the version counter, torch's fused optimizers among them: 16 elements of each parameter are
-    compared as well.
+    Writes may hide from the version counter, torch's fused optimizers among them: clips compare 16 elements of each
+    parameter as well.
     """
 
-    key: list[int]
-    probes: list[Tensor]  # views into the parameters
-    values: Tensor  # what they were
-    weights: TRNWeights
-    packs: Packs
-    frames: tuple[Tensor, ...]  # matrix and panels of the input transform, then of the frames' part of the gates
+    def __init__(self, layer: TRN) -> None:
+        # Where the layer holds each of its modules and parameters: faster to look through than `parameters()`.
+        self.held: list[tuple[dict[str, Any], str, Any]]
+        self.held = [(m._modules, k, v) for m in layer.modules() for k, v in m._modules.items()]
+        self.held += [(m._parameters, k, p) for m in layer.modules() for k, p in m._parameters.items()]
+        self.parameters = list(layer.parameters())
+        self.key = [] if any(p.is_inference() for p in self.parameters) else self._key()  # [] is no key: always anew
+        flat = [p.detach().reshape(-1) for p in self.parameters]
+        self._probes = [p[:: -(-len(p) // 16)] for p in flat]  # views into the parameters
+        self._values = torch.cat(self._probes)
+        self.weights = layer.weights()
+        self.clip: tuple[Packs, tuple[Tensor, ...]] | None = None  # panels, and those of what frames go through first
+        self.steps: dict[torch.dtype | None, Tensor] = {}
+
+    def _key(self) -> list[int]:
+        return [p._version for p in self.parameters] + [p.data_ptr() for p in self.parameters]
+
+    def holds(self, thorough: bool) -> bool:
+        if not self.key:  # inference tensors have no version
+            return False
+        for where, name, what in self.held:
+            if where.get(name) is not what:
+                return False
+        return self._key() == self.key and not (thorough and not torch.equal(torch.cat(self._probes), self._values))
 
 
 # Not an attribute, which would be pickled and copied with the layer.
 _streams: weakref.WeakKeyDictionary[nn.Module, _Stream] = weakref.WeakKeyDictionary()
+# Looked up once: a step is short.
+_step = getattr(getattr(torch.ops.pyflowgen, "trn_step", None), "default", None)
+# Streams that share a frame's step; with more, the products of clips are as fast.
+_STEP_ROWS = 8
 
 
 def _matrices(w: TRNWeights, features: int) -> tuple[Tensor, ...]:
@@ -269,7 +302,7 @@ def _matrices(w: TRNWeights, features: int) -> tuple[Tensor, ...]:
 
 
 def _pack(w: TRNWeights, features: int) -> Packs:
-    enc, *others = (torch.ops.pyflowgen.linear_pack.default(m) for m in _matrices(w, features))
+    enc, *others = (_panels(m) for m in _matrices(w, features))
     biases = w.dec_bias, w.hx_bias, w.cx_bias, w.fusion_bias, w.future_bias, w.classifier_bias
     return enc, *(t for pair in zip(others, biases, strict=True) for t in pair)
 
@@ -313,7 +346,7 @@ class _TRN(torch.autograd.Function):
         dhs = dhs.transpose(0, 1)
         if len(dhs):
             dhs = torch.cat([dhs[:-1], (dhs[-1] + dh_last)[None]])
-        turned = [torch.ops.pyflowgen.linear_pack.default(m.t().contiguous()) for m in _matrices(w, features)]
+        turned = [_panels(m.t().contiguous()) for m in _matrices(w, features)]
         kept = cs, futures, enc_gates, dec_in, dec_gates, gs, ks, rows
         dgiven, ddec, dq, du, drows, dhx, dcx, dh, dc, dfuture = torch.ops.pyflowgen.trn_backward.default(
             dhs, dc_last, dfuture_last, dahead.movedim(0, 2), *kept, *turned, before, previous, *ctx.masks
@@ -410,6 +443,12 @@ class TRN(nn.Module):
         >>> rest = layer(frames[:, 3:], first[2:])
         >>> torch.allclose(whole.scores, torch.cat([first.scores, rest.scores], 1), atol=1e-6)
         True
+        >>> state = layer.pack(torch.bfloat16).init_state(2)
+        >>> for t in range(5):  # a stream, on weights half as long
+        ...     out = layer.step(frames[:, t], state)
+        ...     state = out[2:]
+        >>> torch.allclose(whole.scores[:, -1], out.scores, atol=1e-2)
+        True
     """
 
     def __init__(
@@ -432,6 +471,7 @@ class TRN(nn.Module):
         self.pool: Pool = pool
         self.start: Start = start
         self.dropout = dropout
+        self._storage: torch.dtype | None = None
         layers: OrderedDict[str, nn.Module] = OrderedDict(input_linear=_fc_relu(features, features))
         self.feature_extractor = nn.Sequential(layers)
         self.hx_trans, self.cx_trans = _fc_relu(hidden, hidden), _fc_relu(hidden, hidden)
@@ -458,33 +498,98 @@ class TRN(nn.Module):
         h, c, future = state
         p = self.dropout if self.training else 0.0
         compiling = torch.compiler.is_compiling()
-        if not (p or torch.is_grad_enabled() or compiling) and _use_kernel(
-            frames, h, c, future, (self.classifier.bias,)
-        ):
+        plain = not (p or torch.is_grad_enabled() or compiling)
+        if plain and _use_kernel(frames, h, c, future, (self.classifier.bias,)) and _packs(frames):
             return self._stream(frames, h, c, future)
         x = self.feature_extractor(frames)
         return trn(x, h, c, future, self.weights(), steps=self.steps, pool=self.pool, start=self.start, dropout=p)
 
     def _stream(self, frames: Tensor, h: Tensor, c: Tensor, future: Tensor) -> TRNOutput:
-        """The kernel on panels that are made anew only when a parameter has changed."""
-        parameters = list(self.parameters())
-        key = [v for p in parameters for v in (0 if p.is_inference() else p._version, p.data_ptr())]
-        made = _streams.get(self)
+        """The kernel on weights that are packed anew only when a parameter has changed."""
+        made = self._packed(thorough=True)
+        w = made.weights
+        _check(frames, h, c, future, w, self.steps, self.pool, self.start, 0.0)
+        if frames.shape[1] == 1 and len(frames) <= _STEP_ROWS:
+            scores, ahead, *state = self._one(made, None, frames[:, 0], h, c, future)
+            return TRNOutput(scores[:, None], ahead[:, None], *state)
         linear, pack = torch.ops.pyflowgen.linear.default, torch.ops.pyflowgen.linear_pack.default
-        transform = self.get_submodule("feature_extractor.input_linear.0")
-        assert isinstance(transform, nn.Linear)
-        if made is None or made.key != key or not torch.equal(torch.cat(made.probes), made.values):
-            w = self.weights()
-            flat = [p.detach().view(-1) for p in parameters]
-            probes = [p[:: -(-len(p) // 16)] for p in flat]
+        transform = self._transform()
+        if made.clip is None:
             from_x = w.enc_weight_ih[:, : self.features].contiguous()
             both = transform.weight, pack(transform.weight), from_x, pack(from_x)
-            made = _streams[self] = _Stream(key, probes, torch.cat(probes), w, _pack(w, self.features), both)
-        w, (w_in, panels_in, w_x, panels_x) = made.weights, made.frames
-        _check(frames, h, c, future, w, self.steps, self.pool, self.start, 0.0)
+            made.clip = _pack(w, self.features), both
+        packs, (w_in, panels_in, w_x, panels_x) = made.clip
         x = linear(frames.transpose(0, 1), w_in, transform.bias, 1, panels_in)  # 1: relu
         given = linear(x, w_x, w.enc_bias, 0, panels_x)
-        return _run(given, h, c, future, w, made.packs, (self.steps, self.pool == "before", self.start == "previous"))
+        return _run(given, h, c, future, w, packs, (self.steps, self.pool == "before", self.start == "previous"))
+
+    def _transform(self) -> nn.Linear:
+        transform = self.get_submodule("feature_extractor.input_linear.0")
+        assert isinstance(transform, nn.Linear)
+        return transform
+
+    def _packed(self, thorough: bool) -> _Stream:
+        made = _streams.get(self)
+        if made is None or not made.holds(thorough):
+            with torch.no_grad():
+                made = _streams[self] = _Stream(self)
+        return made
+
+    def _one(
+        self, made: _Stream, storage: torch.dtype | None, frame: Tensor, h: Tensor, c: Tensor, future: Tensor
+    ) -> TRNOutput:
+        """The kernel of one frame, on weights in ``storage``."""
+        packed = made.steps.get(storage)
+        if packed is None:
+            transform = self._transform()
+            weights = [transform.weight, transform.bias, *made.weights]
+            if storage is torch.int8 and not all(bool(t.isfinite().all()) for t in weights):
+                raise ValueError("TRN: a weight is not finite, which int8 cannot hold")
+            with torch.no_grad():
+                packed = made.steps[storage] = torch.ops.pyflowgen.trn_pack.default(weights, STORAGE[storage])
+        assert _step is not None
+        how = self.classes, self.steps, self.pool == "before", self.start == "previous"
+        return TRNOutput._make(_step(frame, h, c, future, packed, *how))
+
+    def pack(self, dtype: torch.dtype | None = None) -> TRN:
+        """Hold the weights that :meth:`step` reads in ``dtype``: None (their own), bfloat16 or int8. Returns self.
+
+        The state, all sums, and the two small matrices that turn states into scores and back stay float32. int8 has a
+        scale for each row of each weight, and turns what is multiplied into 8 bits with a scale for each step.
+        """
+        self._storage = storage_of(dtype, self.classifier.weight)
+        return self
+
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Zeros, as (h, c, future) of ``batch`` streams before their first frame."""
+        h, c, future = (self.classifier.weight.new_zeros(batch, n) for n in (self.hidden, self.hidden, self.features))
+        return h, c, future
+
+    def step(self, frame: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> TRNOutput:
+        """The next frame ``(batch, features)`` of streams: :meth:`forward` of it alone, the time dimension left out.
+
+        Without dropout and without gradients, on weights packed once (see :meth:`pack`). They are packed anew when a
+        parameter is another tensor, lies elsewhere or counts another version, and after :meth:`train` and ``eval``:
+        torch's fused optimizers write without counting.
+        """
+        made = _streams.get(self)
+        if tracing() or _native.reference_only():
+            made = None
+        elif made is None or not made.holds(thorough=False):
+            usable = _use_kernel(frame, *state, (self.classifier.weight,)) and _packs(frame)
+            made = self._packed(thorough=False) if usable else None
+        if made is not None:
+            return self._one(made, self._storage, frame, *state)
+        if frame.dim() != 2 or frame.shape[1] != self.features:
+            raise ValueError(f"TRN: frame has shape {tuple(frame.shape)}, expected (batch, {self.features})")
+        with torch.no_grad():
+            x = self.feature_extractor(frame)[:, None]
+            scores, ahead, *after = trn(x, *state, self.weights(), steps=self.steps, pool=self.pool, start=self.start)
+        return TRNOutput(scores[:, 0], ahead[:, 0], *after)
+
+    def train(self, mode: bool = True) -> TRN:
+        _streams.pop(self, None)
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}, pool={self.pool!r}, start={self.start!r}, dropout={self.dropout}"
@@ -530,6 +635,12 @@ def _fake_backward(dhs, dc, dfuture, dscores, cs, futures, enc_gates, dec_in, de
     )
 
 
+def _fake_step(frame, h, c, future, packed, classes, steps, before, previous):  # type: ignore[no-untyped-def]
+    scores, ahead = frame.new_empty(len(frame), classes), frame.new_empty(len(frame), steps, classes)
+    return scores, ahead, torch.empty_like(h), torch.empty_like(c), torch.empty_like(future)
+
+
 _native.register("trn", _fake_trn)
 _native.register("trn_keep", _fake_keep)
 _native.register("trn_backward", _fake_backward)
+_native.register("trn_step", _fake_step)
