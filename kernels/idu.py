@@ -18,16 +18,10 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from pyflowgen.kernels import tile
-from pyflowgen.kernels.elementary import divide, exp, tanh
+from pyflowgen.kernels.elementary import sigmoid, tanh
 from torch import Tensor
 
 ROWS = 16  # windows of a program: the least that a matrix unit takes
-
-
-@triton.jit
-def sigmoid(x):
-    e = exp(-tl.abs(x))
-    return divide(tl.where(x < 0, e, 1.0), 1.0 + e)
 
 
 @triton.jit

@@ -345,7 +345,7 @@ class IDU(nn.Module):
 
     def _panels(self, x: Tensor) -> Tensor | None:
         """The packed weights, where they are the same from call to call."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu" or _native._missing:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
             return None
         p = self._parameters
         return self._packed.get("idu", p["weight_x"], p["weight_0"], p["weight_h"], None)  # type: ignore[arg-type]
@@ -410,3 +410,4 @@ def _fake_backward(dh, dgiven, x, w_x, w_0, w_h, length, after, hard, keeps, gat
 
 _native.register("idu", _fake)
 _native.register("idu_backward", _fake_backward)
+_native.find_kernels("idu_pack")
