@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "linear.h"
+#include "cpu/isa.h"
 #include "storage.h"
 
 namespace pyflowgen {
@@ -69,10 +69,6 @@ PYFLOWGEN_PER_ISA(
 
   template <class T> void trn_cell(const TrnCell<T>&, int64_t begin, int64_t end);  // rows
   template <class T> void trn_cell_backward(const TrnCellBackward<T>&, int64_t begin, int64_t end);
-  // y[out] = relu or none of (x[in] matrix^T + bias) for panels begin <= p < end of the matrix, as linear_pack made
-  // them: linear's kernel for one row, which waits for memory alone.
-  template <class T> int64_t trn_row_panels(int64_t out);
-  template <class T> void trn_row(int64_t in, int64_t out, const T* x, const T* panels, const T* bias, bool relu, T* y, int64_t begin, int64_t end);
   // dz[count] = y > 0 ? dy * scale : 0: through a relu whose result was y.
   template <class T> void trn_relu_backward(int64_t count, const T* y, const T* dy, T scale, T* dz);
   // to[count] += scale * from[count].

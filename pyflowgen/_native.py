@@ -86,6 +86,7 @@ def register(op: str, fake: Callable[..., Any]) -> None:
             fill = torch.library.Library("pyflowgen", "IMPL")
             fill.impl(op, launcher, _TRITON_KEY, allow_override=True)
         _fills.append(fill)
+        _by_triton.add((op, _TRITON_KEY.lower()))
     torch.library.register_fake(f"pyflowgen::{op}", fake)
     find_kernels(op)
 
@@ -100,6 +101,12 @@ def find_kernels(op: str) -> None:
 
 
 _kernels: set[tuple[str, str]] = set()
+_by_triton: set[tuple[str, str]] = set()
+
+
+def by_triton(op: str, x: Tensor) -> bool:
+    """Whether a Triton kernel runs ``pyflowgen::op`` on x's device: some take less than the compiled library's."""
+    return (op, x.device.type) in _by_triton
 
 
 def has_kernel_for(op: str, x: Tensor) -> bool:

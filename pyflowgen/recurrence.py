@@ -270,17 +270,19 @@ class Packed:
         self._versions: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[type[Packed], tuple[torch.dtype | None]]:
-        return Packed, (self.dtype,)
+        return type(self), (self.dtype,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        return Packed(self.dtype)
+        return type(self)(self.dtype)
 
     def get(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor | None:
         """The packed weights, or None where no kernel takes them."""
         try:
             versions: tuple[int, ...] = (w._version, v._version, w.data_ptr(), v.data_ptr())
-            if b is not None and d is not None:
-                versions += (b._version, d._version, b.data_ptr(), d.data_ptr())
+            if b is not None:
+                versions += (b._version, b.data_ptr())
+            if d is not None:
+                versions += (d._version, d.data_ptr())
         except RuntimeError:  # inference tensors have no version
             versions = ()
         seen = self._seen
@@ -291,9 +293,13 @@ class Packed:
         if self.dtype is torch.int8 and not (w.isfinite().all() and v.isfinite().all()):
             raise ValueError(f"{op}: a weight is not finite, which int8 cannot hold")
         with torch.no_grad():
-            packed = getattr(torch.ops.pyflowgen, f"{op}_pack")(w, v, b, d, STORAGE[self.dtype])
+            packed = self._make(op, w, v, b, d)
         self._packed, self._seen, self._versions = packed, (w, v, b, d), versions
         return packed
+
+    def _make(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor:
+        make = getattr(torch.ops.pyflowgen, f"{op}_pack")
+        return make(w, v, b, d, STORAGE[self.dtype])
 
 
 def storage_of(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype | None:

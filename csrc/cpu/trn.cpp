@@ -13,63 +13,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dense.h"
+#include "cpu/packed.h"
 #include "cpu/recurrence_call.h"
-#include "cpu/team.h"
 
 namespace pyflowgen {
 namespace {
-
-// One of the threads that go through a clip together: each takes its part of a product's panels and of the rows that
-// lie between products, and they meet where one needs what another has made.
-struct Member {
-  int64_t place, size;
-  Team* team;
-  void meet() const {
-    if (team) team->meet();
-  }
-  int64_t begin(int64_t all) const { return all * place / size; }
-  int64_t end(int64_t all) const { return all * (place + 1) / size; }
-};
-
-// As many threads as so many multiply-adds between two meetings are worth.
-int64_t team_size(int64_t work) {
-  constexpr int64_t least = 1 << 17;
-  return std::clamp<int64_t>(work / least, 1, torch::stable::get_num_threads());
-}
-
-// f(member) in so many threads.
-template <class F> void in_team(int64_t threads, const F& f) {
-  if (threads == 1) return f(Member{0, 1, nullptr});
-  Team team(threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const int64_t place = team.join(end - begin);
-    if (place >= 0) f(Member{place, team.size(), &team});
-  });
-}
-
-// A matrix packed by linear_pack; y = activation(x matrix^T + bias).
-template <class T> struct Packed {
-  int64_t out_features, in;
-  const T* panels;
-  const T* bias;
-  // A member's part of it.
-  void share(const Member& m, int64_t rows, const T* x, Activation activation, T* y) const {
-    if (rows == 0) return;
-    if (rows == 1) {
-      const int64_t all = PYFLOWGEN_CALL(trn_row_panels<T>, out_features);
-      return PYFLOWGEN_CALL(trn_row<T>, in, out_features, x, panels, bias, activation == Activation::relu, y,
-                            m.begin(all), m.end(all));
-    }
-    const LinearForward<T> o{rows, in, out_features, m.size, x, in, nullptr, panels, bias, activation, y, nullptr};
-    const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
-    PYFLOWGEN_CALL(linear<T>, o, m.begin(tasks), m.end(tasks));
-  }
-  // All of it, by one thread.
-  void alone(int64_t rows, const T* x, Activation activation, T* y) const {
-    share({0, 1, nullptr}, rows, x, activation, y);
-  }
-};
 
 template <class T>
 Packed<T> packed(const char* name, const Tensor& panels, const Tensor* bias, int64_t out_features, int64_t in) {

@@ -43,44 +43,6 @@ template <class T> void trn_cell_backward(const TrnCellBackward<T>& o, int64_t b
     }
 }
 
-// So many panels at once: their sums hide each other's latency, and their streams that of memory.
-inline constexpr int row_panels = 4;
-
-template <int count, class T> PYFLOWGEN_INLINE void row_of_panels(int64_t in, int64_t out, const T* x, const T* panels,
-                                                                  const T* bias, bool relu, T* y, int64_t panel) {
-  constexpr int width = tile_columns<T>, side = lanes<T>, ahead = 16;
-  Pack<T> sums[count][2] = {};
-  const T* b = panels + panel * in * width;
-  for (int64_t k = 0; k < in; ++k, b += width) {
-    const Pack<T> v = broadcast<T>(x[k]);
-    for (int p = 0; p < count; ++p) {
-      const T* line = b + p * in * width;
-      __builtin_prefetch(line + ahead * width);
-      __builtin_prefetch(line + ahead * width + side);
-      sums[p][0] = fma(v, load<T>(line), sums[p][0]);
-      sums[p][1] = fma(v, load<T>(line + side), sums[p][1]);
-    }
-  }
-  for (int p = 0; p < count; ++p)
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = (panel + p) * width + half * side;
-      const int left = int(std::min<int64_t>(side, out - n));
-      if (left <= 0) continue;
-      Pack<T> z = sums[p][half];
-      if (bias) z += load_first<T>(bias + n, left);
-      store_first<T>(y + n, relu ? (z < 0 ? Pack<T>{} : z) : z, left);
-    }
-}
-
-template <class T> int64_t trn_row_panels(int64_t out) { return gemm_panels<T>(out); }
-
-template <class T> void trn_row(int64_t in, int64_t out, const T* x, const T* panels, const T* bias, bool relu, T* y,
-                                int64_t begin, int64_t end) {
-  int64_t p = begin;
-  for (; p + row_panels <= end; p += row_panels) row_of_panels<row_panels>(in, out, x, panels, bias, relu, y, p);
-  for (; p < end; ++p) row_of_panels<1>(in, out, x, panels, bias, relu, y, p);
-}
-
 template <class T> void trn_relu_backward(int64_t count, const T* y, const T* dy, T scale, T* dz) {
   for (int64_t i = 0; i < count; ++i) dz[i] = y[i] <= 0 ? T(0) : dy[i] * scale;
 }
@@ -259,8 +221,6 @@ PYFLOWGEN_TRN_STEP(double, double)
   template int64_t trn_blocks<T>(bool, int64_t); \
   template void trn_cell<T>(const TrnCell<T>&, int64_t, int64_t); \
   template void trn_cell_backward<T>(const TrnCellBackward<T>&, int64_t, int64_t); \
-  template int64_t trn_row_panels<T>(int64_t); \
-  template void trn_row<T>(int64_t, int64_t, const T*, const T*, const T*, bool, T*, int64_t, int64_t); \
   template void trn_relu_backward<T>(int64_t, const T*, const T*, T, T*); \
   template void trn_add<T>(int64_t, T, const T*, T*); \
   template void trn_mean<T>(int64_t, int64_t, const T*, int64_t, T*);
