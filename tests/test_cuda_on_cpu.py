@@ -162,10 +162,6 @@ PLANTED = {
         "trn", "trn.cu", "      if (i + 1 < L) barrier.meet();\n", "",
         "thread", "ThreadSanitizer: data race",
     ),
-    "features beyond the last": (
-        "trn", "trn.cu", "features = own_outputs(share.features, F);\n  T* const q = shared;\n  Keeper<T> keeper{shared + tile * C, share.held};\n  const Rows<T> dec = keeper.keep(o.matrix.dec, H, 4", "features = own_outputs(share.features, F + 3);\n  T* const q = shared;\n  Keeper<T> keeper{shared + tile * C, share.held};\n  const Rows<T> dec = keeper.keep(o.matrix.dec, H, 4",
-        "address", "AddressSanitizer: heap-buffer-overflow",
-    ),
     "the gradient of the cell lost between steps": (
         "lstm", "lstm.cu", "dc = u.before;", "dc = 0;",
         None, "dgates[",
