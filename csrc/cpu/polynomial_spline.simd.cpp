@@ -75,7 +75,19 @@ PYFLOWGEN_INLINE void locate(const PackOptions<C>& o, const PackInputs<C>& in, P
     return degree == 2 ? rho * size(x, j) * fma(k.mean(j), q, o.min_height) : size(y, j);
   };
 
-  V begin_x = in.left, begin_y = in.bottom, number{}, rise{};
+  // What each addition loses is kept, and the sum of all heights brought to the interval's: a knot errs no more than
+  // its heights do.
+  const auto add = [](V& sum, V& lost, V h) {
+    const V step = h + lost, next = sum + step;
+    lost = step - (next - sum), sum = next;
+  };
+  V to_range = one;
+  if constexpr (degree == 2) {
+    V total{}, lost{};
+    for (int j = 0; j < n; ++j) add(total, lost, height(j));
+    to_range = (in.top - in.bottom) / total;
+  }
+  V begin_x = in.left, begin_y = in.bottom, number{}, rise{}, lost{};
   k.w_before = k.h_before = V{};
   for (int j = 0; j < n; ++j) {
     // The bin from knot j to the next.
@@ -84,8 +96,8 @@ PYFLOWGEN_INLINE void locate(const PackOptions<C>& o, const PackInputs<C>& in, P
     if (j + 1 < n) {
       const V from_middle = broadcast(C(j + 1)) - half;
       end_x = degree == 1 ? fma(broadcast(C(j + 1)), equal, in.left) : x.knot(x.sums[j], from_middle, x.sums[n - 1]);
-      rise += h;
-      end_y = degree == 2 ? in.bottom + rise : y.knot(y.sums[j], from_middle, y.sums[n - 1]);
+      add(rise, lost, h);
+      end_y = degree == 2 ? fma(rise, to_range, in.bottom) : y.knot(y.sums[j], from_middle, y.sums[n - 1]);
     }
     const auto here = value >= (o.inverse ? begin_y : begin_x);
     if (j == 0) {
