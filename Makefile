@@ -33,7 +33,7 @@ bench: $(INSTALLED)
 	$(BIN)/pyflowgen evaluate run/fused
 	$(BIN)/pyflowgen sample run/fused -n 64 --grid run/samples.png
 	$(BIN)/pyflowgen gallery --out run/gallery.png --seconds 3
-	$(BIN)/pyflowgen bench --quick --rows run/rows.csv --html run/report.html \
+	$(BIN)/pyflowgen bench --quick --minutes 4 --rows run/rows.csv --html run/report.html \
 		--run fused=run/fused --run reference=run/reference --samples run/samples.png --gallery run/gallery.png
 
 test: $(INSTALLED)

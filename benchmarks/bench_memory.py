@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .bench_realnvp import BATCH, FEATURES, HIDDEN, Loss
-from .bench_realnvp import realnvp as build
+from .bench_realnvp import realnvp
+from .flows import HIDDEN, Applied
 from .harness import Case, Factory, normal
 
-DEPTHS = (8, 64)
+BATCH, FEATURES, DEPTHS = 1024, 64, (8, 64)
 
 
 class Checkpointed(nn.Module):
@@ -48,14 +48,16 @@ def providers(couplings: int) -> dict[str, Factory]:
             return loss(model, x)
 
     def segments(device: torch.device, dtype: torch.dtype) -> nn.Module:
-        model = build(couplings, activation="silu")
+        model = realnvp(FEATURES, couplings, activation="silu")
         model.bijection = Checkpointed(model.bijection.bijections)
-        return Loss(model, loss)
+        return Applied(model, loss)
 
     return {
-        "eager": lambda device, dtype: Loss(build(couplings, activation="silu"), plain),
-        "pyflowgen": lambda device, dtype: Loss(build(couplings, activation="silu", memory="recompute"), loss),
-        "stored": lambda device, dtype: Loss(build(couplings, activation="silu"), loss),
+        "eager": lambda device, dtype: Applied(realnvp(FEATURES, couplings, activation="silu"), plain),
+        "pyflowgen": lambda device, dtype: Applied(
+            realnvp(FEATURES, couplings, activation="silu", memory="recompute"), loss
+        ),
+        "stored": lambda device, dtype: Applied(realnvp(FEATURES, couplings, activation="silu"), loss),
         "checkpoint": segments,
     }
 

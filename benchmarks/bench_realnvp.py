@@ -1,39 +1,22 @@
-"""A training step of RealNVP on vectors of 64: 8 couplings, conditioners of 2 ReLU layers of 128, batch 1024.
+"""RealNVP on vectors of 64 and of 2: training and sampling with 8 couplings, conditioners of 2 ReLU layers of 128.
 
 Every library builds the model its own way (own masks, own scale map), with as many couplings and the same conditioner
-sizes, and returns the mean negative log-likelihood. A peer is gated against its own float64 run. torchflows' model has
-elementwise affine layers and ActNorms besides, which its RealNVP cannot do without.
+sizes. A peer is gated against its own float64 run. torchflows' model has elementwise affine layers and ActNorms
+besides, which its RealNVP cannot do without.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .harness import Case, Factory, installed, normal
+from .flows import HIDDEN, Build, Built, by_reference, draw, flow_cases, nll, ours
+from .harness import Case, installed
 
-BATCH, FEATURES, COUPLINGS, HIDDEN = 1024, 64, 8, 128
-PEERS = ("nflows", "normflows", "zuko", "FrEIA", "torchflows")
-
-
-def nll(z: Tensor, logdet: Tensor) -> Tensor:
-    """Mean negative log-likelihood under a standard normal base."""
-    return (0.5 * z.square().sum(-1) - logdet).mean() + 0.5 * z.shape[-1] * math.log(2 * math.pi)
-
-
-class Loss(nn.Module):
-    """A model and the loss to train it with; what is called is in a Callable, for the libraries differ in it."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.model, self.loss = model, loss
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.loss(self.model, x)
+COUPLINGS = 8
 
 
 def net(n_in: int, n_out: int) -> nn.Sequential:
@@ -42,31 +25,15 @@ def net(n_in: int, n_out: int) -> nn.Sequential:
     )
 
 
-def realnvp(couplings: int = COUPLINGS, **options: Any) -> Any:
+def realnvp(features: int, couplings: int = COUPLINGS, **options: Any) -> Any:
     from pyflowgen.models.realnvp import RealNVP
 
-    model = RealNVP(
-        FEATURES, couplings=couplings, hidden=(HIDDEN, HIDDEN), scale="exp", actnorm=False, permutation="none",
-        **options,
+    return draw(
+        RealNVP(
+            features, couplings=couplings, hidden=(HIDDEN, HIDDEN), scale="exp", actnorm=False, permutation="none",
+            **options,
+        )
     )  # fmt: skip
-    for layer in model.modules():  # the last layers start at zero: drawn anew, so that the gate sees every gradient
-        if isinstance(layer, nn.Linear):
-            nn.init.normal_(layer.weight, std=0.3 / math.sqrt(layer.in_features))
-    return model
-
-
-def kernels(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    return Loss(realnvp(), lambda model, x: -model.log_prob(x).mean())
-
-
-def reference(device: torch.device, dtype: torch.dtype) -> nn.Module:
-    from pyflowgen._native import reference_path
-
-    def loss(model: Any, x: Tensor) -> Tensor:
-        with reference_path():
-            return -model.log_prob(x).mean()
-
-    return Loss(realnvp(), loss)
 
 
 class MaskFree(nn.Module):
@@ -85,15 +52,22 @@ class MaskFree(nn.Module):
             logdet = logdet + s.sum(-1)
         return torch.cat([kept, moved], -1), logdet
 
+    def inverse(self, z: Tensor) -> Tensor:
+        kept, moved = z.chunk(2, -1)
+        for conditioner in reversed(self.conditioners):
+            shift, s = conditioner(moved).chunk(2, -1)
+            kept, moved = moved, (kept - shift) * (-s).exp()
+        return torch.cat([kept, moved], -1)
 
-def mask_free(device: torch.device, dtype: torch.dtype) -> nn.Module:
+
+def mask_free(features: int) -> Built:
     from pyflowgen.ops.affine_coupling import AffineCoupling
 
-    conditioners = [layer.conditioner for layer in realnvp().modules() if isinstance(layer, AffineCoupling)]
-    return Loss(MaskFree(conditioners), lambda model, x: nll(*model(x)))
+    conditioners = [layer.conditioner for layer in realnvp(features).modules() if isinstance(layer, AffineCoupling)]
+    return Built(MaskFree(conditioners), lambda model, x: nll(*model(x)), lambda model, z: model.inverse(z))
 
 
-def nflows(device: torch.device, dtype: torch.dtype) -> nn.Module:
+def nflows(features: int) -> Built:
     from nflows.distributions.normal import StandardNormal
     from nflows.flows.base import Flow
     from nflows.nn.nets import MLP
@@ -107,75 +81,79 @@ def nflows(device: torch.device, dtype: torch.dtype) -> nn.Module:
         def forward(self, x: Tensor, context: Any = None) -> Tensor:
             return self.mlp(x)
 
-    mask = torch.ones(FEATURES)
+    mask = torch.ones(features)
     mask[::2] = -1
     layers = [AffineCouplingTransform(mask * (-1) ** i, Conditioner) for i in range(COUPLINGS)]
-    return Loss(
-        Flow(CompositeTransform(layers), StandardNormal([FEATURES])), lambda model, x: -model.log_prob(x).mean()
-    )
+    flow = Flow(CompositeTransform(layers), StandardNormal([features]))
+    return Built(flow, lambda model, x: -model.log_prob(x).mean(), lambda model, z: model._transform.inverse(z)[0])
 
 
-def normflows(device: torch.device, dtype: torch.dtype) -> nn.Module:
+def through(model: Any, z: Tensor) -> Tensor:
+    """normflows' way from latents to data."""
+    for flow in model.flows:
+        z, _ = flow(z)
+    return z
+
+
+def normflows(features: int) -> Built:
     import normflows as nf
 
     layers: list[nn.Module] = []
     for _ in range(COUPLINGS):
-        layers += [nf.flows.AffineCouplingBlock(nf.nets.MLP([FEATURES // 2, HIDDEN, HIDDEN, FEATURES]))]
-        layers += [nf.flows.Permute(FEATURES, mode="swap")]
-    base = nf.distributions.DiagGaussian(FEATURES, trainable=False)
-    return Loss(nf.NormalizingFlow(base, layers), lambda model, x: model.forward_kld(x))
+        layers += [nf.flows.AffineCouplingBlock(nf.nets.MLP([features // 2, HIDDEN, HIDDEN, features]))]
+        layers += [nf.flows.Permute(features, mode="swap")]
+    base = nf.distributions.DiagGaussian(features, trainable=False)
+    return Built(nf.NormalizingFlow(base, layers), lambda model, x: model.forward_kld(x), through)
 
 
-def zuko(device: torch.device, dtype: torch.dtype) -> nn.Module:
+def zuko(features: int) -> Built:
     from zuko.flows import RealNVP
 
-    model = RealNVP(FEATURES, transforms=COUPLINGS, hidden_features=(HIDDEN, HIDDEN))
-    return Loss(model, lambda model, x: -model().log_prob(x).mean())
+    model = RealNVP(features, transforms=COUPLINGS, hidden_features=(HIDDEN, HIDDEN))
+    return Built(model, lambda model, x: -model().log_prob(x).mean(), lambda model, z: model().transform.inv(z))
 
 
-def freia(device: torch.device, dtype: torch.dtype) -> nn.Module:
+def freia(features: int) -> Built:
     from FrEIA.framework import SequenceINN
     from FrEIA.modules import GLOWCouplingBlock
 
-    model = SequenceINN(FEATURES)
+    model = SequenceINN(features)
     for _ in range(COUPLINGS // 2):  # a block couples both ways
         model.append(GLOWCouplingBlock, subnet_constructor=net)
-    return Loss(model, lambda model, x: nll(*model(x)))
+    return Built(model, lambda model, x: nll(*model(x)), lambda model, z: model(z, rev=True)[0])
 
 
-def torchflows(device: torch.device, dtype: torch.dtype) -> nn.Module:
+def torchflows(features: int) -> Built:
     from torchflows.bijections.finite.autoregressive.architectures import RealNVP
     from torchflows.flows import Flow
 
     sizes = {"n_hidden": HIDDEN, "n_layers": 3, "nonlinearity": nn.ReLU}
-    model = Flow(RealNVP((FEATURES,), n_layers=COUPLINGS, conditioner_kwargs=sizes))
-    return Loss(model, lambda model, x: -model.log_prob(x).mean())
+    model = Flow(RealNVP((features,), n_layers=COUPLINGS, conditioner_kwargs=sizes))
+    return Built(model, lambda model, x: -model.log_prob(x).mean(), lambda model, z: model.bijection.inverse(z)[0])
+
+
+def products(batch: int, features: int) -> int:
+    return 2 * batch * HIDDEN * (features // 2 + HIDDEN + features) * COUPLINGS
 
 
 def cases(device: torch.device) -> list[Case]:
-    peers: dict[str, Factory] = {
+    kernels = ours(realnvp)
+    peers: dict[str, Build] = {
         "nflows": nflows,
         "normflows": normflows,
         "zuko": zuko,
         "FrEIA": freia,
         "torchflows": torchflows,
     }
-    providers: dict[str, Factory] = {"eager": reference, "pyflowgen": kernels, "mask-free": mask_free}
-    providers |= {name: make for name, make in peers.items() if installed(name)}
-    product = 2 * BATCH * HIDDEN * (FEATURES // 2 + HIDDEN + FEATURES) * COUPLINGS
-    both = 3 * product - 2 * BATCH * HIDDEN * (FEATURES // 2)  # the data need no gradient
-    return [
-        Case(
-            "realnvp",
-            f"{BATCH}x{FEATURES} {COUPLINGS} couplings 2x{HIDDEN}",
-            torch.float32,
-            normal((BATCH, FEATURES)),
-            providers,
-            modes=("forward+backward", "step"),
-            grad=(),
-            compile=("eager", "mask-free", "pyflowgen", *PEERS),
-            truth={name: name for name in PEERS},
-            flops={"forward+backward": both, "step": both},
-            quick=True,
-        )
-    ]
+    builds: dict[str, Build] = {"eager": by_reference(kernels), "pyflowgen": kernels, "mask-free": mask_free}
+    builds |= {name: build for name, build in peers.items() if installed(name)}
+    return flow_cases(
+        "realnvp",
+        f"{COUPLINGS} couplings 2x{HIDDEN}",
+        builds,
+        sizes=((1024, 64), (1024, 2), (64, 2)),
+        products=products,
+        first=lambda batch, features: 2 * batch * HIDDEN * (features // 2),
+        compiled=("eager", "mask-free", "pyflowgen", *peers),
+        quick=((1024, 64),),
+    )

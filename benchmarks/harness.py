@@ -28,7 +28,7 @@ Define ``cases(device: torch.device) -> list[Case]``; nothing about timing belon
 
 How a row is measured
 ---------------------
-Each (allocator setting, group of providers) has a worker process; ``run.py`` visits all providers in turn, many
+Each (setting, group of providers) has a worker process; ``run.py`` visits all providers in turn, many
 rounds, so noise hits all of them alike. A visit runs two untimed calls (caches warm: rows are cache-warm figures),
 then samples of as many calls as fill half a millisecond. Rows give the median, p20 and p80 of the samples of all
 rounds.
@@ -76,7 +76,7 @@ from torch import Tensor, nn
 Factory = Callable[[torch.device, torch.dtype], Callable[..., Any]]
 Inputs = Callable[[torch.device, torch.dtype], tuple[Tensor, ...]]
 
-KEY = ("op", "provider", "mode", "dtype", "shape", "threads", "allocator", "machine")
+KEY = ("op", "provider", "mode", "dtype", "shape", "threads", "setting", "machine")
 FIELDS = (
     *KEY,
     "status",
@@ -92,10 +92,17 @@ FIELDS = (
 )
 MODES = ("forward", "backward", "forward+backward", "inverse", "sample", "step")
 BACKWARD = ("backward", "forward+backward", "step")
-# Page faults of temporaries alone cost eager code 1.1-2.1x: a kernel's win must not be an allocator's.
-ALLOCATORS: dict[str, dict[str, str]] = {
+# Environments of the worker processes. no-mmap: page faults of temporaries alone cost eager code 1.1-2.1x, and a
+# kernel's win must not be an allocator's. avx2: a processor without AVX-512, for torch, its libraries and the kernels.
+SETTINGS: dict[str, dict[str, str]] = {
     "default": {},
     "no-mmap": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "68719476736"},
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "DNNL_MAX_CPU_ISA": "AVX2",
+    },
 }
 
 
@@ -526,7 +533,7 @@ def merge_rows(old: Iterable[Mapping[str, Any]], new: Sequence[Mapping[str, Any]
     return sorted(
         rows,
         key=lambda r: tuple(
-            r[k] for k in ("machine", "op", "shape", "dtype", "mode", "threads", "allocator", "provider")
+            r[k] for k in ("machine", "op", "shape", "dtype", "mode", "threads", "setting", "provider")
         ),
     )
 

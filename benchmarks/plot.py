@@ -90,6 +90,9 @@ def name_of(row: Mapping[str, Any]) -> str:
     return f"{row['shape']}{dtype}, {row['mode']}"
 
 
+MARKED = ("default", "no-mmap")  # the settings that the figure shows
+
+
 def speedups(rows: Sequence[dict[str, Any]], op: str) -> str:
     """How many times faster than the fastest eager and the fastest compiled rival, in each contest of an op."""
     found = [v for v in verdicts(rows) if v["row"]["op"] == op]
@@ -101,7 +104,9 @@ def speedups(rows: Sequence[dict[str, Any]], op: str) -> str:
     drawn = []
     for v in found:
         y = labels.index(name_of(v["row"]))
-        solid = v["row"]["allocator"] == "default"
+        if v["row"]["setting"] not in MARKED:
+            continue
+        solid = v["row"]["setting"] == "default"
         for kind, colour, marker, shift in (("eager", EAGER, "o", -0.14), ("compiled", COMPILED, "D", 0.14)):
             if v[kind]:
                 drawn.append(v[f"{kind}_ratio"])
@@ -120,16 +125,16 @@ def speedups(rows: Sequence[dict[str, Any]], op: str) -> str:
             ("D", COMPILED, True, "compiled"),
             ("o", INK, False, "hollow: malloc keeps its pages"),
         )
-        if full or any(v["row"]["allocator"] != "default" for v in found)
+        if full or any(v["row"]["setting"] == "no-mmap" for v in found)
     ]
     figure.legend(handles=handles, loc="outside upper left", ncols=3, handletextpad=0.2)
     return _svg(figure, f"speedups-{op}")
 
 
 def floors(rows: Sequence[dict[str, Any]], op: str) -> str:
-    """Every provider's time over the floor of its contest (default allocator)."""
+    """Every provider's time over the floor of its contest (default setting)."""
     timed = [
-        r for r in rows if r["op"] == op and r["status"] == "ok" and r.get("floor_ms") and r["allocator"] == "default"
+        r for r in rows if r["op"] == op and r["status"] == "ok" and r.get("floor_ms") and r["setting"] == "default"
     ]
     labels = list(dict.fromkeys(name_of(r) for r in timed))
     if not labels:
@@ -162,7 +167,7 @@ def allocator_gains(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
     pairs: dict[tuple[str, ...], dict[str, float]] = {}
     for row in rows:
         if row["status"] == "ok" and row.get("median_ms"):
-            pairs.setdefault(tuple(str(row[k]) for k in KEY if k != "allocator"), {})[row["allocator"]] = float(
+            pairs.setdefault(tuple(str(row[k]) for k in KEY if k != "setting"), {})[row["setting"]] = float(
                 row["median_ms"]
             )
     gains: dict[str, list[float]] = {}

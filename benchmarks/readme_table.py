@@ -32,7 +32,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for machine in dict.fromkeys(row["machine"] for row in rows):
         here = [dict(row) for row in rows if row["machine"] == machine]
-        found = [v for v in verdicts(here) if v["row"]["allocator"] == "default"]
+        found = [v for v in verdicts(here) if v["row"]["setting"] == "default"]
         lines = [
             "| op | shape | mode | pyflowgen | fastest eager | fastest compiled |",
             "|---|---|---|---:|---:|---:|",

@@ -47,6 +47,13 @@ def race(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
     return words
 
 
+SETTING_NAMES = {
+    "default": "glibc's malloc (default)",
+    "no-mmap": "malloc keeps pages (no-mmap)",
+    "avx2": "without AVX-512 (avx2)",
+}
+
+
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}×" if value < 10 else f"{value:.0f}×"
 
@@ -55,13 +62,22 @@ def verdict_kind(ratio: float) -> str:
     return "loss" if ratio < 1 / TIE else "win" if ratio > TIE else "tie"
 
 
+def settings_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings there are rows of, the default first of all."""
+    there = {r["setting"] for r in rows}
+    return [name for name in harness.SETTINGS if name in there or name == "default"]
+
+
 def contests(rows: Sequence[dict[str, Any]], op: str) -> list[dict[str, Any]]:
-    """One line for each contest of an op: default allocator first, the other's ratios beside it."""
+    """One line for each contest of an op: the default setting first, the others' ratios beside it."""
     found = [v for v in verdicts(rows) if v["row"]["op"] == op]
-    other = {plot.name_of(v["row"]): v for v in found if v["row"]["allocator"] == "no-mmap"}
+    others = [
+        {plot.name_of(v["row"]): v for v in found if v["row"]["setting"] == setting}
+        for setting in settings_of(rows)[1:]
+    ]
     lines = []
-    for v in (v for v in found if v["row"]["allocator"] == "default"):
-        row, kept = v["row"], other.get(plot.name_of(v["row"]))
+    for v in (v for v in found if v["row"]["setting"] == "default"):
+        row = v["row"]
         same = [
             r
             for r in rows
@@ -78,7 +94,7 @@ def contests(rows: Sequence[dict[str, Any]], op: str) -> list[dict[str, Any]]:
                     {"text": _ratio(w[f"{kind}_ratio"]), "who": w[kind], "kind": verdict_kind(w[f"{kind}_ratio"])}
                     if w is not None and w[kind]
                     else {"text": "", "who": "", "kind": ""}
-                    for w in (v, kept)
+                    for w in (v, *(other.get(plot.name_of(row)) for other in others))
                     for kind in ("eager", "compiled")
                 ],
                 "vs": _ratio(v.get("vs_ratio")),
@@ -159,7 +175,8 @@ def write_report(
         ops.append(
             {
                 "name": op,
-                "contests": contests(rows, op),
+                "contests": contests(mine, op),
+                "settings": [SETTING_NAMES[name] for name in settings_of(mine)],
                 "has_vs": any("vs" in v for v in verdicts(mine)),
                 "speedups": Markup(plot.speedups(rows, op)),
                 "floors": Markup(plot.floors(rows, op)),
@@ -169,7 +186,7 @@ def write_report(
                         r["shape"],
                         r["dtype"],
                         r["mode"],
-                        r["allocator"],
+                        r["setting"],
                         float(r.get("median_ms") or "inf"),
                     ),
                 ),

@@ -22,7 +22,7 @@ import click
 import torch
 
 from . import harness
-from .harness import ALLOCATORS, Case, split_compiled
+from .harness import SETTINGS, Case, split_compiled
 
 
 class Crashed(Exception):
@@ -34,10 +34,10 @@ class Failed(Exception):
 
 
 class Worker:
-    """One worker process: an allocator setting, and the tree whose pyflowgen it imports."""
+    """One worker process: a setting, and the tree whose pyflowgen it imports."""
 
     def __init__(
-        self, device: str, threads: int, files: Sequence[Path], allocator: str, tree: Path | None, log: IO[bytes]
+        self, device: str, threads: int, files: Sequence[Path], setting: str, tree: Path | None, log: IO[bytes]
     ):
         # Threads wait as they do for a user: a passive wait adds a wake-up of up to 0.1 ms to every parallel call, and
         # an idle worker's threads stop spinning by themselves within a few milliseconds.
@@ -46,7 +46,7 @@ class Worker:
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
             **os.environ,
         }
-        env = {k: v for k, v in env.items() if not k.startswith(("MALLOC_", "OMP_WAIT"))} | ALLOCATORS[allocator]
+        env = {k: v for k, v in env.items() if not k.startswith(("MALLOC_", "OMP_WAIT"))} | SETTINGS[setting]
         if tree is not None:
             env["PYTHONPATH"] = os.pathsep.join([str(tree), *filter(None, [env.get("PYTHONPATH")])])
         command = [sys.executable, str(harness.HERE / "harness.py"), device, str(threads), *map(str, files)]
@@ -97,10 +97,10 @@ class Worker:
 
 @dataclass
 class Entry:
-    """A provider under one allocator setting, in the process it runs in."""
+    """A provider under one setting, in the process it runs in."""
 
     provider: str
-    allocator: str
+    setting: str
     home: str  # providers of one home share a process
     tree: Path | None
     label: str
@@ -116,12 +116,13 @@ class Plan:
     rounds: int = 20
     seconds: float = 0.03  # of one visit
     quick: bool = False
-    allocators: tuple[str, ...] = tuple(ALLOCATORS)
+    minutes: float = float("inf")  # after so many no op's second contest begins
+    settings: tuple[str, ...] = ("default", "no-mmap")
     trees: tuple[tuple[str, Path | None], ...] = (("", None),)  # (suffix of the row's provider, tree of its pyflowgen)
 
     @classmethod
     def fast(cls, **changes: Any) -> Plan:
-        return cls(**{"rounds": 7, "seconds": 0.01, "quick": True, **changes})
+        return cls(**{"rounds": 7, "seconds": 0.01, "quick": True, "settings": ("default",), **changes})
 
 
 class Runner:
@@ -139,11 +140,9 @@ class Runner:
         self.workers.clear()
 
     def _worker(self, entry: Entry) -> Worker:
-        key = (entry.allocator, entry.home, entry.tree)
+        key = (entry.setting, entry.home, entry.tree)
         if key not in self.workers:
-            self.workers[key] = Worker(
-                self.plan.device, self.threads, self.files, entry.allocator, entry.tree, self.log
-            )
+            self.workers[key] = Worker(self.plan.device, self.threads, self.files, entry.setting, entry.tree, self.log)
         return self.workers[key]
 
     def rates(self, dtypes: Sequence[str]) -> dict[str, Any]:
@@ -161,8 +160,8 @@ class Runner:
                     continue
                 # A compiled peer may take its process along (zuko's training step corrupts the heap under torch 2.13).
                 home = name if compiled and provider != "eager" else "main"
-                for allocator in self.plan.allocators if self.plan.device == "cpu" else ("default",):
-                    found.append(Entry(name, allocator, home, tree, name + suffix))
+                for setting in self.plan.settings if self.plan.device == "cpu" else ("default",):
+                    found.append(Entry(name, setting, home, tree, name + suffix))
         return found
 
     def _ask(self, entry: Entry, entries: Sequence[Entry], at: tuple[str, int], *request: Any) -> Any:
@@ -172,7 +171,7 @@ class Runner:
             worker.ask("open", *at)
             worker.opened = at
             for other in entries:
-                same = (other.allocator, other.home, other.tree) == (entry.allocator, entry.home, entry.tree)
+                same = (other.setting, other.home, other.tree) == (entry.setting, entry.home, entry.tree)
                 if same and other is not entry and other.status == "prepared":
                     worker.ask("prepare", other.provider)
             if request[0] != "prepare":
@@ -183,7 +182,7 @@ class Runner:
         try:
             return self._ask(entry, entries, at, *request)
         except Crashed as crash:
-            self.workers.pop((entry.allocator, entry.home, entry.tree), None)
+            self.workers.pop((entry.setting, entry.home, entry.tree), None)
             entry.status = f"crashed: {crash}"
         except Failed as failure:
             entry.status = f"failed: {failure}"
@@ -231,7 +230,7 @@ class Runner:
                 if entry.status == "prepared" and mode != "backward" and entry.label not in peaks:
                     peaks[entry.label] = self._try(entry, entries, at, "peak", entry.provider, mode)
             for entry, taken in zip(entries, samples, strict=True):
-                row = {**facts, **extra, "provider": entry.label, "mode": mode, "allocator": entry.allocator}
+                row = {**facts, **extra, "provider": entry.label, "mode": mode, "setting": entry.setting}
                 row["status"] = "ok" if entry.status == "prepared" else entry.status
                 if row["status"] == "ok" and taken:
                     taken.sort()
@@ -298,8 +297,17 @@ def run(
                 if selected
                 else {}
             )
-            for case, at in selected:
+            # Against the clock: one contest of every op, whatever it takes, before any second one.
+            turns = [[c.op for c, _ in selected[:i]].count(case.op) for i, (case, _) in enumerate(selected)]
+            queue = list(zip(turns, selected, strict=True))
+            if plan.minutes < float("inf"):
+                queue.sort(key=lambda entry: entry[0])
+            began = time.monotonic()
+            for turn, (case, at) in queue:
                 start = time.monotonic()
+                if turn and start - began > 60 * plan.minutes:
+                    refused.append(f"{case.op} {case.shape}: not timed, {plan.minutes:g} minutes were over")
+                    continue
                 new = list(runner.contest(case, at))
                 rows += new
                 keep(new)
@@ -377,7 +385,7 @@ def describe(rows: Sequence[dict[str, Any]]) -> list[str]:
         parts = [f"{verdict[f'{kind}_ratio']:.2f}x {verdict[kind]}" for kind in ("eager", "compiled") if verdict[kind]]
         parts += [f"{verdict['vs_ratio']:.2f}x {verdict['vs']}"] if "vs" in verdict else []
         lines.append(
-            f"{row['op']} {row['shape']} {row['dtype']} {row['mode']} [{row['allocator']}]: {verdict['ms']:.4g} ms, "
+            f"{row['op']} {row['shape']} {row['dtype']} {row['mode']} [{row['setting']}]: {verdict['ms']:.4g} ms, "
             + ", ".join(parts)
         )
     return lines
@@ -401,7 +409,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
             for kind in ("eager", "compiled"):
                 if v[kind] and v[f"{kind}_ratio"] < 1 / TIE:
                     row = v["row"]
-                    where = f"{row['shape']} {row['dtype']} {row['mode']} [{row['allocator']}]"
+                    where = f"{row['shape']} {row['dtype']} {row['mode']} [{row['setting']}]"
                     lines.append(f"  slower than {v[kind]}: {where} {v[f'{kind}_ratio']:.2f}x")
     return lines
 
@@ -460,6 +468,17 @@ def own_tree() -> Path | None:
     type=click.Choice(["outputs", "tests"]),
     help="'tests': the op's test file has to pass as well.",
 )
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    type=click.Choice(list(SETTINGS)),
+    help="Environment of all providers, may be repeated: default, no-mmap (malloc keeps its pages), avx2 (no AVX-512). "
+    "[default, no-mmap; quick: default]",
+)
+@click.option(
+    "--minutes", type=click.FloatRange(min=0), help="After so many minutes begin no contest but every op's first."
+)
 @click.option("--only", default="", metavar="TEXT", help="Only cases whose shape label contains TEXT.")
 @click.option("--vs", metavar="REF", help="Also time pyflowgen of this git commit, interleaved with the present one.")
 @click.option(
@@ -498,9 +517,10 @@ def own_tree() -> Path | None:
 )
 @click.option("--no-bench", is_flag=True, help="Time nothing: make the report from the rows there are.")
 def bench(
-    ops: tuple[str, ...], quick: bool, device: str, threads: int, rounds: int | None, gate: str, only: str,
-    vs: str | None, csv_path: Path | None, json_path: Path | None, html_path: Path | None, runs: tuple[str, ...],
-    samples: tuple[Path, ...], gallery: Path | None, no_bench: bool,
+    ops: tuple[str, ...], quick: bool, device: str, threads: int, rounds: int | None, gate: str,
+    settings: tuple[str, ...], minutes: float | None, only: str, vs: str | None, csv_path: Path | None,
+    json_path: Path | None, html_path: Path | None, runs: tuple[str, ...], samples: tuple[Path, ...],
+    gallery: Path | None, no_bench: bool,
 ) -> None:  # fmt: skip
     """Time OPs (all by default) against eager PyTorch, torch.compile and the installed peers."""
     if device == "cuda" and not torch.cuda.is_available():
@@ -523,7 +543,8 @@ def bench(
             trees: list[tuple[str, Path | None]] = [("", own_tree())]
             if vs:
                 trees.append((f"@{vs}", stack.enter_context(other_tree(vs, click.echo))))
-            changes: dict[str, Any] = {"rounds": rounds} if rounds else {}
+            changes: dict[str, Any] = {"rounds": rounds, "settings": settings, "minutes": minutes}
+            changes = {name: value for name, value in changes.items() if value}
             plan = (Plan.fast if quick else Plan)(device=device, threads=threads, trees=tuple(trees), **changes)
 
             def keep(new: list[dict[str, Any]]) -> None:

@@ -11,9 +11,14 @@
 
 namespace pyflowgen {
 
-// What the kernels fuse. gelu, softplus and the like are torch's own pass over the result of `none`.
-enum class Activation { none, relu, leaky_relu, silu, tanh, sigmoid };
-inline constexpr int64_t activations = 6;
+// What the kernels fuse: gelu is the exact one, elu that of alpha 1.
+enum class Activation { none, relu, leaky_relu, silu, tanh, sigmoid, gelu, elu };
+inline constexpr int64_t activations = 8;
+
+// Whether the backward pass takes the activation's argument, not its result.
+constexpr bool keeps_argument(Activation a) {
+  return a == Activation::silu || a == Activation::gelu || a == Activation::elu;
+}
 
 // The slope torch.nn.functional.leaky_relu has by default.
 inline constexpr double leaky_slope = 0.01;
@@ -53,7 +58,7 @@ PYFLOWGEN_PER_ISA(
   template <class T> int64_t linear_tasks(const LinearForward<T>&);
   template <class T> void linear(const LinearForward<T>&, int64_t begin, int64_t end);
 
-  // dz[count] = dy[count] * activation'(saved); saved is the argument for silu and the result for the others.
+  // dz[count] = dy[count] * activation'(saved); saved is the argument or the result: see keeps_argument.
   template <class T> void linear_activation_backward(Activation, int64_t count, const T* dy, const T* saved, T* dz);
 
   template <class T> int64_t linear_dx_tasks(const LinearBackward<T>&);

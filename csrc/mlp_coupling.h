@@ -28,12 +28,15 @@ template <class T> struct MlpCoupling {
   bool shift_first;
   double logdet_start;
   int scale_sign;
-  // The conditioner: products (0: no coupling), sizes from the input (channels that stay, then the context) to the
-  // parameters.
-  int64_t layers, size[mlp_max_layers + 1];
-  const T* weight[mlp_max_layers];  // [size[i + 1]][size[i]]
-  const T* bias[mlp_max_layers];    // [size[i + 1]] or null
+  // The conditioner: its products (0: no coupling), from the input (channels that stay, then the context) to the
+  // parameters. A perceptron, phi between them; or residual blocks h + W2 phi(W1 phi(h)) between the first and the
+  // last, each W1, W2 and, when gated, the W of sigmoid(W context) that multiplies what is added to h.
+  int64_t layers, in[mlp_max_layers], out[mlp_max_layers];
+  const T* weight[mlp_max_layers];  // [out][in]
+  const T* bias[mlp_max_layers];    // [out] or null
   Activation activation;
+  int64_t blocks;
+  bool gated;
   // What it is given: channels same_start + k same_step; with a mask all of them, zero where they are transformed.
   int64_t same_start, same_step, same_count;
   const uint8_t* mask;  // [channels] or null
@@ -50,7 +53,17 @@ template <class T> struct MlpCoupling {
   T* y;                    // [rows][channels]
   T* logdet;               // [rows]
   bool add_logdet;         // to what is there
-  T* saved;  // for the backward pass or null: every hidden layer [rows][size], then parameters [rows][size]
+  // For the backward pass or null, a product after the other [rows][out]: the hidden layers, phi's argument or result;
+  // then the parameters. With residual blocks h, W1's as a hidden layer, and h again behind W2; when gated, what is
+  // multiplied behind W2, then the factor and h.
+  T* saved;
+
+  int64_t parameters() const { return out[layers - 1]; }
+  // Place of a block's first product.
+  int64_t block(int64_t i) const { return 1 + (gated ? 3 : 2) * i; }
+  bool is_gate(int64_t layer) const { return gated && layer && layer % 3 == 0; }
+  // Columns that are saved of a product.
+  int64_t saved_columns(int64_t layer) const { return is_gate(layer) ? 2 * out[layer] : out[layer]; }
 };
 
 template <class T> struct MlpCouplingBackward {

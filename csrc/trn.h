@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "linear.h"
+#include "cpu/isa.h"
 #include "storage.h"
 
 namespace pyflowgen {
@@ -27,19 +27,6 @@ template <class T> struct TrnCellBackward {
   const T* dh;      // [rows][hidden] of the state after
   T* dc;            // [rows][hidden] of the cell after; of the cell before, when done
   T* dgates;        // [rows][4 * hidden], of the arguments
-};
-
-// y = relu or none of (x matrix^T + bias), the matrix as linear_pack made it. linear's product, but one row has a loop
-// of its own, which waits for memory alone, and what is known to be zero or not asked for is left out.
-template <class T> struct TrnRows {
-  int64_t rows, in, out, threads;
-  int64_t skip;   // inputs before it are zero
-  int64_t first;  // panels of y's columns before it are not written
-  const T* x;     // [rows][in]
-  const T* panels;
-  const T* bias;  // [out] or null
-  bool relu;
-  T* y;  // [rows][out]
 };
 
 // A stream's step: y = f(start + sum over parts of W_p a_p), W_p as recurrence.h stores weights, in blocks of four
@@ -82,9 +69,6 @@ PYFLOWGEN_PER_ISA(
 
   template <class T> void trn_cell(const TrnCell<T>&, int64_t begin, int64_t end);  // rows
   template <class T> void trn_cell_backward(const TrnCellBackward<T>&, int64_t begin, int64_t end);
-  template <class T> int64_t trn_panel_width();
-  template <class T> int64_t trn_rows_tasks(const TrnRows<T>&);
-  template <class T> void trn_rows(const TrnRows<T>&, int64_t begin, int64_t end);  // tasks
   // dz[count] = y > 0 ? dy * scale : 0: through a relu whose result was y.
   template <class T> void trn_relu_backward(int64_t count, const T* y, const T* dy, T scale, T* dz);
   // to[count] += scale * from[count].

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from pyflowgen.kernels import tile
 from pyflowgen.kernels.elementary import atan, divide, exp, log1p_unit, log_normal, reciprocal, softplus, tanh
+from pyflowgen.kernels.tile import NONE, View, at
 from torch import Tensor
 
 # The operator's `scale` and `layout` codes: csrc/formula/affine_scale.h, csrc/affine_coupling_call.h.
@@ -33,10 +34,6 @@ SOFTCLIP = tl.constexpr(5)
 ATAN = tl.constexpr(6)
 SOFTPLUS = tl.constexpr(7)
 SEPARATE, HALVES, INTERLEAVED, PAIRS = range(4)
-
-# A tensor as (batch, channels, inner), or none.
-View = tuple[Tensor | None, tile.Strides]
-NONE: View = (None, (0, 0, 0))
 
 
 @triton.jit
@@ -84,6 +81,38 @@ def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constex
 
 
 @triton.jit
+def transform(v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr):
+    """y, and the forward map's log-derivative."""
+    if SCALE == ADDITIVE:
+        return v - t if INVERSE else v + t, tl.zeros(v.shape, v.dtype)
+    else:
+        factor, log_a, _ = scale_value(s, CLAMP, SCALE, INVERSE)
+        if INVERSE:
+            return v * factor - t if SHIFT_FIRST else (v - t) * factor, log_a
+        else:
+            return (v + t) * factor if SHIFT_FIRST else v * factor + t, log_a
+
+
+@triton.jit
+def transform_backward(
+    g, dl, v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr
+):
+    """Gradients of v, t and s from those of y and the log-determinant; t counts where the scale multiplies it."""
+    if SCALE == ADDITIVE:
+        return g, -g if INVERSE else g, tl.zeros(g.shape, g.dtype)
+    else:
+        if INVERSE != SHIFT_FIRST:  # what the scale multiplies or divides
+            v = v - t if INVERSE else v + t
+        factor, _, derivative = scale_value(s, CLAMP, SCALE, INVERSE)
+        dv = g * factor
+        ds = (dv * v + dl) * derivative
+        if INVERSE:
+            return dv, -g if SHIFT_FIRST else -dv, -ds
+        else:
+            return dv, dv if SHIFT_FIRST else g, ds
+
+
+@triton.jit
 def block(sizes, WIDE: tl.constexpr, ROWS: tl.constexpr):
     """This program's rows, and the columns [col, end)."""
     row = tl.program_id(0)
@@ -108,11 +137,6 @@ def position(e, sizes, CHANNEL_FASTEST: tl.constexpr):
     return c, i, k, (c >= sizes[3]) & (k * sizes[4] == c - sizes[3]) & (k < sizes[5])
 
 
-@triton.jit
-def at(pointer, strides, row, c, i):
-    return pointer + (row * strides[0] + c * strides[1] + i * strides[2])
-
-
 # sizes: batch, channels, inner, start, step, count, elements of an event, columns of a segment.
 # strides: (batch, channel, inner) of every tensor in the order of the arguments. A tensor that is not there is None.
 @triton.jit
@@ -135,16 +159,11 @@ def forward_kernel(
         stored = tl.load(at(x, strides[0], row, c, i), mask=inside, other=0.0)
         v = stored.to(dtype)
         t = tl.load(at(shift, strides[1], row, k, i), mask=used, other=0.0).to(dtype)
-        if SCALE == ADDITIVE:
-            result = v - t if INVERSE else v + t
-        else:
+        s = v
+        if SCALE != ADDITIVE:
             s = tl.load(at(log_scale, strides[2], row, k, i), mask=used, other=0.0).to(dtype)
-            factor, log_a, derivative = scale_value(s, CLAMP, SCALE, INVERSE)
-            total += tl.where(used, log_a, 0.0)
-            if INVERSE:
-                result = v * factor - t if SHIFT_FIRST else (v - t) * factor
-            else:
-                result = (v + t) * factor if SHIFT_FIRST else v * factor + t
+        result, log_a = transform(v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE)
+        total += tl.where(used, log_a, 0.0)
         tl.store(at(y, strides[4], row, c, i), tl.where(active, result.to(stored.dtype), stored), mask=inside)
     sum = tl.sum(total, 1)[:, None]
     segment = row * tl.num_programs(1) + tl.program_id(1)
@@ -175,24 +194,14 @@ def backward_kernel(
         if dy is not None:
             g = tl.load(at(dy, strides[0], row, c, i), mask=inside, other=0.0)
         v = g.to(dtype)
-        if SCALE == ADDITIVE:
-            dv = v
-            dt = -v if INVERSE else v
-            ds = tl.zeros([ROWS, COLS], dtype)
-        else:
-            scaled = tl.load(at(x, strides[1], row, c, i), mask=used, other=0.0).to(dtype)
+        s = v
+        t = v
+        if SCALE != ADDITIVE:
+            v = tl.load(at(x, strides[1], row, c, i), mask=used, other=0.0).to(dtype)
             s = tl.load(at(log_scale, strides[3], row, k, i), mask=used, other=0.0).to(dtype)
-            if INVERSE != SHIFT_FIRST:  # what the scale multiplies or divides
+            if INVERSE != SHIFT_FIRST:
                 t = tl.load(at(shift, strides[2], row, k, i), mask=used, other=0.0).to(dtype)
-                scaled = scaled - t if INVERSE else scaled + t
-            factor, log_a, derivative = scale_value(s, CLAMP, SCALE, INVERSE)
-            dv = v * factor
-            ds = (dv * scaled + dl) * derivative
-            if INVERSE:
-                dt = -v if SHIFT_FIRST else -dv
-                ds = -ds
-            else:
-                dt = dv if SHIFT_FIRST else v
+        dv, dt, ds = transform_backward(g.to(dtype), dl, v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE)
         tl.store(at(dx, strides[5], row, c, i), tl.where(active, dv.to(storage), g), mask=inside)
         # Under a mask the gradient is zero; outside the part there is none.
         given = inside & part
@@ -264,18 +273,9 @@ class _Call:
                 f"{name} is {t.dtype} {tuple(t.shape)} on {t.device}, expected {x.dtype} {tuple(shape)} on {x.device}"
             )
 
-    def check_gradients(self, dy: Tensor | None, dlogdet: Tensor | None) -> None:
-        self._same("dy", dy, self.x, list(self.x.shape))
-        if dlogdet is not None and not (
-            dlogdet.shape == self.x.shape[: self.batch_dims]
-            and dlogdet.dtype == self.accumulator
-            and dlogdet.device == self.x.device
-        ):
-            _fail("dlogdet must have the batch's shape and the log-determinant's dtype")
-
     def tiles(self) -> tile.Tiles:
         batch, channels, inner = self.sizes[:3]
-        return tile.tiles(batch, channels * inner, self.accumulator == torch.float64)
+        return tile.tiles(batch, channels * inner, tile.TILE // (4 if self.accumulator == torch.float64 else 1))
 
     def view(self, t: Tensor | None) -> View:
         return NONE if t is None else tile.strided(t, self.batch_dims, self.dims)
@@ -296,12 +296,6 @@ class _Call:
         c *= 1 if self.layout == HALVES else 2
         s = params.narrow(self.batch_dims, second, params.shape[self.batch_dims] - second)
         return (params, (b, c, i)), (s, (b, c, i))
-
-    def output(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """What is returned, of `like`'s strides, and what the kernel writes: the same unless it has no such view."""
-        result = torch.empty_like(like)
-        viewable = tile.view3(result, self.batch_dims, self.dims) is not None
-        return result, result if viewable else torch.empty_like(like, memory_format=torch.contiguous_format)
 
     def launch(
         self, kernel: Any, t: tile.Tiles, views: Sequence[View], per_channel: Sequence[int], *extra: View
@@ -333,7 +327,7 @@ def affine_coupling(
     scale: int, clamp: float, shift_first: bool, inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)
-    y, written = call.output(x)
+    y, written = tile.output(x, call.batch_dims, call.dims)
     logdet = x.new_empty(x.shape[: call.batch_dims], dtype=call.accumulator)
     if call.empty:
         return y.copy_(x), logdet.zero_()
@@ -351,8 +345,8 @@ def affine_coupling_backward(
     inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)
-    call.check_gradients(dy, dlogdet)
-    outputs = [call.output(t) for t in (x, params, log_scale) if t is not None]
+    tile.check_gradients("affine_coupling", dy, dlogdet, x, call.batch_dims)
+    outputs = [tile.output(t, call.batch_dims, call.dims) for t in (x, params, log_scale) if t is not None]
     if call.empty:
         for result, _ in outputs:
             result.zero_()

@@ -101,6 +101,24 @@ def exp(x):
 
 
 @triton.jit
+def expm1(x):
+    """e^x - 1 for x of 0 or less, without cancellation near 0."""
+    if x.dtype == tl.float64:
+        r, biased = _reduce_exp(at_least(x, -40.0), 1023)
+        scale = (biased << 52).to(tl.float64, bitcast=True)
+    else:
+        r, biased = _reduce_exp(at_least(x, -20.0), 127)
+        scale = (biased << 23).to(tl.float32, bitcast=True)
+    return (r * r * _exp_tail(r) + r) * scale + (scale - 1)
+
+
+@triton.jit
+def sigmoid(x):
+    e = exp(-tl.abs(x))
+    return divide(tl.where(x < 0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
 def with_sign_of(x, magnitude):
     """magnitude, whose sign bit is clear, with x's sign."""
     if x.dtype == tl.float64:
@@ -160,6 +178,27 @@ def log_normal(x):
         f = ((ratio & 0x007FFFFF) + 0x3F400000).to(tl.float32, bitcast=True) - 1
         y = n * 0.693359375 + (f + (n * -2.12194440054690583e-4 + _log_tail(f)))
     return tl.where(x < float("inf"), y, x)
+
+
+@triton.jit
+def log(x):
+    """log x for x of 0 or more, denormal too, inf or NaN."""
+    if x.dtype == tl.float64:
+        small = x < 2.2250738585072014e-308
+        y = log_normal(tl.where(small, x * 18014398509481984.0, x)) - tl.where(small, 37.42994775023705, 0.0)  # 2^54
+    else:
+        small = x < 1.1754943508222875e-38
+        y = log_normal(tl.where(small, x * 16777216.0, x)) - tl.where(small, 16.635532333438686, 0.0)  # 2^24
+    return tl.where(x == 0, float("-inf"), y)
+
+
+@triton.jit
+def square_root(x):
+    """The square root, correctly rounded."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit

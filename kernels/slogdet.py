@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from pyflowgen.kernels import tile
-from pyflowgen.kernels.elementary import log_normal
+from pyflowgen.kernels.elementary import log
 from torch import Tensor
 
 LARGEST = 64  # csrc/slogdet.h
@@ -43,14 +43,6 @@ def find_pivot(m, free, k, SIZE: tl.constexpr):
     size = tl.where(values == values, tl.abs(values), 0.0)
     best = tl.argmax(tl.where(free, size, -1.0), 1, tie_break_left=True)
     return values, row == best[:, None]
-
-
-@triton.jit
-def log(x):
-    """log x for x of 0 or more, denormal too, inf or NaN."""
-    small = x < 2.2250738585072014e-308
-    y = log_normal(tl.where(small, x * 18014398509481984.0, x)) - tl.where(small, 37.42994775023705, 0.0)  # 2^54
-    return tl.where(x == 0, float("-inf"), y)
 
 
 @triton.jit

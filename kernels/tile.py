@@ -12,9 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl  # noqa: F401  the interpreter looks for it beside a kernel
 from torch import Tensor
 
 Strides = tuple[int, int, int]
+# A tensor as (batch, channels, inner), or none.
+View = tuple[Tensor | None, Strides]
+NONE: View = (None, (0, 0, 0))
 
 TILE = (
     1024  # elements of a tile: 4 warps with 8 each, two 16-byte accesses in float32; in float64 a quarter, one access
@@ -46,9 +50,8 @@ class Tiles(NamedTuple):
     row_blocks: int
 
 
-def tiles(batch: int, elements: int, double: bool) -> Tiles:
-    """Many short rows: several a program. Long rows: a loop; few of them: several programs a row."""
-    size = TILE // 4 if double else TILE
+def tiles(batch: int, elements: int, size: int) -> Tiles:
+    """`size` elements: many short rows several a program; long ones a loop; few long ones several programs a row."""
     cols = min(triton.next_power_of_2(elements), size)
     while (
         cols > size // 4 and triton.cdiv(elements, cols) * cols * 8 > elements * 9
@@ -94,6 +97,31 @@ def strided(t: Tensor, batch_dims: int, dims: int) -> tuple[Tensor, Strides]:
         strides = view3(t, batch_dims, dims)
         assert strides is not None
     return t, strides
+
+
+def output(like: Tensor, batch_dims: int, dims: int) -> tuple[Tensor, Tensor]:
+    """What is returned, of `like`'s strides, and what the kernel writes: the same unless it has no such view."""
+    result = torch.empty_like(like)
+    viewable = view3(result, batch_dims, dims) is not None
+    return result, result if viewable else torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def check_gradients(op: str, dy: Tensor | None, dlogdet: Tensor | None, x: Tensor, batch_dims: int) -> None:
+    """ValueError unless the outputs' gradients are of y's and the log-determinant's shape, dtype and device."""
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for name, t, shape, dtype in (
+        ("dy", dy, x.shape, x.dtype), ("dlogdet", dlogdet, x.shape[:batch_dims], accumulator)
+    ):  # fmt: skip
+        if t is not None and not (t.shape == shape and t.dtype == dtype and t.device == x.device):
+            raise ValueError(
+                f"{op}: {name} is {t.dtype} {tuple(t.shape)} on {t.device}, expected {dtype} {tuple(shape)}"
+                f" on {x.device}"
+            )
+
+
+@triton.jit
+def at(pointer, strides, row, c, i):
+    return pointer + (row * strides[0] + c * strides[1] + i * strides[2])
 
 
 def wide(sizes: Strides, strides: Sequence[Strides]) -> bool:

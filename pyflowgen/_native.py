@@ -85,13 +85,32 @@ def register(op: str, fake: Callable[..., Any]) -> None:
             fill = torch.library.Library("pyflowgen", "IMPL")
             fill.impl(op, launcher, _TRITON_KEY, allow_override=True)
         _fills.append(fill)
+        _by_triton.add((op, _TRITON_KEY.lower()))
     torch.library.register_fake(f"pyflowgen::{op}", fake)
+    find_kernels(op)
+
+
+def find_kernels(op: str) -> None:
+    """Note for :func:`use_kernel` on which devices ``op`` has a kernel."""
+    if not torch._C._dispatch_has_kernel(f"pyflowgen::{op}"):
+        return
     for key in ("CPU", "CUDA"):
         if has_kernel(op, key):
             _kernels.add((op, key.lower()))
 
 
 _kernels: set[tuple[str, str]] = set()
+_by_triton: set[tuple[str, str]] = set()
+
+
+def by_triton(op: str, x: Tensor) -> bool:
+    """Whether a Triton kernel runs ``pyflowgen::op`` on x's device: some take less than the compiled library's."""
+    return (op, x.device.type) in _by_triton
+
+
+def has_kernel_for(op: str, x: Tensor) -> bool:
+    """Whether a registered ``op`` has a kernel on x's device; unlike :func:`has_kernel` torch.compile traces it."""
+    return (op, x.device.type) in _kernels
 
 
 def use_kernel(op: str, x: Tensor) -> bool:
@@ -100,12 +119,7 @@ def use_kernel(op: str, x: Tensor) -> bool:
     The reference runs where there is no kernel for the device or dtype, inside ``torch.func`` transforms and
     forward-mode differentiation, and under :func:`reference_path`.
     """
-    return (
-        (op, x.device.type) in _kernels
-        and x.dtype in _KERNEL_DTYPES
-        and not _reference_only
-        and not transforms_active()
-    )
+    return has_kernel_for(op, x) and x.dtype in _KERNEL_DTYPES and not _reference_only and not transforms_active()
 
 
 def transforms_active() -> bool:

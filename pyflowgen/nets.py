@@ -185,6 +185,10 @@ class ResidualMLP(nn.Module):
         out: Tensor = self.final_layer(h)
         return out
 
+    def residual_blocks(self) -> Sequence[nn.Module] | None:
+        """The blocks, when first layer, these and last layer are all that `forward` does: see `mlp_coupling`."""
+        return self.blocks if type(self) is ResidualMLP else None  # type: ignore[return-value]
+
 
 class _ResidualBlock(nn.Module):
     def __init__(self, channels: int, activation: str, wrap: bool) -> None:

@@ -97,10 +97,15 @@ def unroll(
 def use_kernel(op: str, x: Tensor) -> bool:
     return (
         isinstance(x, Tensor)
-        and (x.dtype is torch.float32 or x.dtype is torch.float64)
         and _native.use_kernel(op, x)
-        and not torch.is_autocast_enabled("cpu")
+        and (x.dtype is torch.float32 or x.dtype is torch.float64 or not packs(op, x))
+        and not torch.is_autocast_enabled(x.device.type)
     )
+
+
+def packs(op: str, x: Tensor) -> bool:
+    """Whether x's device has the kernels on packed weights: the CPU, whose others know no 16-bit dtypes."""
+    return _native.has_kernel_for(f"{op}_pack", x)
 
 
 def sequence(
@@ -179,6 +184,7 @@ def register(op: str, gates: int, states: tuple[str, ...], reference: Callable[.
 
     for suffix, function in (("", fake), ("_keep", fake_keep), ("_backward", fake_backward), ("_step", fake_step)):
         _native.register(op + suffix, function)
+    _native.find_kernels(f"{op}_pack")
 
 
 class Packed:
@@ -197,30 +203,36 @@ class Packed:
         self._versions: tuple[int, ...] = ()
 
     def __reduce__(self) -> tuple[type[Packed], tuple[torch.dtype | None]]:
-        return Packed, (self.dtype,)
+        return type(self), (self.dtype,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
-        return Packed(self.dtype)
+        return type(self)(self.dtype)
 
     def get(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor | None:
         """The packed weights, or None where no kernel takes them."""
         try:
             versions: tuple[int, ...] = (w._version, v._version, w.data_ptr(), v.data_ptr())
-            if b is not None and d is not None:
-                versions += (b._version, d._version, b.data_ptr(), d.data_ptr())
+            if b is not None:
+                versions += (b._version, b.data_ptr())
+            if d is not None:
+                versions += (d._version, d.data_ptr())
         except RuntimeError:  # inference tensors have no version
             versions = ()
         seen = self._seen
         if versions == self._versions and seen[0] is w and seen[1] is v and seen[2] is b and seen[3] is d and versions:
             return self._packed
-        if not use_kernel(op, w):
+        if not (use_kernel(op, w) and packs(op, w)):
             return None
         if self.dtype is torch.int8 and not (w.isfinite().all() and v.isfinite().all()):
             raise ValueError(f"{op}: a weight is not finite, which int8 cannot hold")
         with torch.no_grad():
-            packed = getattr(torch.ops.pyflowgen, f"{op}_pack")(w, v, b, d, STORAGE[self.dtype])
+            packed = self._make(op, w, v, b, d)
         self._packed, self._seen, self._versions = packed, (w, v, b, d), versions
         return packed
+
+    def _make(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor:
+        make = getattr(torch.ops.pyflowgen, f"{op}_pack")
+        return make(w, v, b, d, STORAGE[self.dtype])
 
 
 def storage_of(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype | None:
@@ -232,6 +244,10 @@ def storage_of(dtype: torch.dtype | None, weight: Tensor) -> torch.dtype | None:
             f"dtype is {dtype} for {weight.dtype} weights, expected None, or torch.bfloat16 or torch.int8 for float32"
         )
     return dtype
+
+
+# Of that many rows the kernel for GPUs, which uses no tensor cores, is bound by arithmetic: cuDNN's turn. Not measured.
+_CUDNN_BATCH = 32
 
 
 class SequenceLayer(nn.RNNBase):
@@ -253,7 +269,7 @@ class SequenceLayer(nn.RNNBase):
 
     def _torch_is_faster(self, x: Tensor) -> bool:
         """Whether to leave sequences of one length to torch's own kernel."""
-        return False
+        return x.is_cuda and x.dim() == 3 and x.shape[0 if self.batch_first else 1] > _CUDNN_BATCH
 
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
         data = input.data if isinstance(input, PackedSequence) else input

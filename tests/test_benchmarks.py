@@ -70,11 +70,11 @@ def cases(device):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, Any]], list[str], dict[str, Any]]:
-    """Rows of one quick run of the toy op, both allocators."""
+    """Rows of one quick run of the toy op, every setting."""
     path = tmp_path_factory.mktemp("bench") / "bench_toy.py"
     path.write_text(TOY)
     result: tuple[list[dict[str, Any]], list[str], dict[str, Any]] = run.run(
-        {"toy": path}, run.Plan.fast(rounds=2, seconds=0.002, threads=1)
+        {"toy": path}, run.Plan.fast(rounds=2, seconds=0.002, threads=1, settings=tuple(harness.SETTINGS))
     )
     return result
 
@@ -83,10 +83,10 @@ def status(rows: list[dict[str, Any]], provider: str) -> set[str]:
     return {str(row["status"]).partition(":")[0] for row in rows if row["provider"] == provider}
 
 
-def test_a_right_provider_is_timed_under_both_allocators_in_each_mode(toy: Any) -> None:
+def test_a_right_provider_is_timed_under_every_setting_in_each_mode(toy: Any) -> None:
     rows = [row for row in toy[0] if row["provider"] == "pyflowgen"]
-    assert {(row["mode"], row["allocator"]) for row in rows} == {
-        (mode, allocator) for mode in ("forward", "forward+backward") for allocator in harness.ALLOCATORS
+    assert {(row["mode"], row["setting"]) for row in rows} == {
+        (mode, setting) for mode in ("forward", "forward+backward") for setting in harness.SETTINGS
     }
     for row in rows:
         assert row["status"] == "ok" and row["shape"] == "64x32" and row["threads"] == 1
@@ -108,11 +108,22 @@ def test_an_exception_is_a_status(toy: Any) -> None:
 def test_a_crash_stays_its_providers_own(tmp_path: Path) -> None:
     path = tmp_path / "bench_toy.py"
     path.write_text(TOY)
-    plan = run.Plan(rounds=2, seconds=0.001, threads=1, allocators=("default",))
+    plan = run.Plan(rounds=2, seconds=0.001, threads=1, settings=("default",))
     rows, _, _ = run.run({"toy": path}, plan, only="deadly")
     assert status(rows, "dies") == {"crashed"}
     assert status(rows, "dies later") == {"crashed"}  # after it passed the gate, amid the others' rounds
     assert status(rows, "eager") == {"ok"} and status(rows, "pyflowgen") == {"ok"}
+
+
+def test_when_the_time_is_over_an_op_keeps_its_first_contest(tmp_path: Path) -> None:
+    path = tmp_path / "bench_toy.py"
+    path.write_text(TOY)
+    plan = run.Plan(rounds=1, seconds=0.001, threads=1, settings=("default",), minutes=1e-6)
+    rows, refused, _ = run.run({"toy": path}, plan)
+    assert {row["shape"] for row in rows} == {"64x32"}
+    assert [line for line in refused if "minutes were over" in line] == [
+        f"toy {shape}: not timed, 1e-06 minutes were over" for shape in ("deadly", "16x4 slow")
+    ]
 
 
 def test_peak_memory_is_exact() -> None:
@@ -156,7 +167,7 @@ def test_floor_is_the_longer_of_copy_and_products() -> None:
 def row(**changes: Any) -> dict[str, Any]:
     base = dict.fromkeys(harness.FIELDS, "") | {
         "op": "toy", "provider": "eager", "mode": "forward", "dtype": "float32", "shape": "8x8", "threads": "2",
-        "allocator": "default", "machine": "here", "status": "ok", "median_ms": "2.0", "p20_ms": "1.9", "p80_ms": "2.2",
+        "setting": "default", "machine": "here", "status": "ok", "median_ms": "2.0", "p20_ms": "1.9", "p80_ms": "2.2",
         "floor_ms": "0.5", "commit": "old",
     }  # fmt: skip
     return base | changes
@@ -285,7 +296,7 @@ def test_readme_table_says_what_the_rows_say() -> None:
 def test_readme_table_names_losses() -> None:
     table = importlib.import_module(f"{PACKAGE}.readme_table")
     fixed = {
-        "mode": "forward", "dtype": "float32", "shape": "1024x128 -> 128", "threads": "2", "allocator": "default",
+        "mode": "forward", "dtype": "float32", "shape": "1024x128 -> 128", "threads": "2", "setting": "default",
         "machine": "M", "op": "linear", "status": "ok", "torch": "2.13.0",
     }  # fmt: skip
     times = {"pyflowgen": "2", "eager": "3", "compiled": "1"}

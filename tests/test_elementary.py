@@ -17,12 +17,14 @@ from pathlib import Path
 import mpmath  # type: ignore[import-untyped]
 import numpy as np
 import pytest
+import scipy.special  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = ROOT / "tests" / "native" / "elementary_probe"
-FUNCTIONS = ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "softplus", "log_sigmoid", "atan")
+FUNCTIONS = ("exp", "expm1", "log", "log1p", "tanh", "sigmoid", "softplus", "log_sigmoid", "atan", "normal_cdf")
 MAX_ULP = 3  # the bound asked for is 4; the largest measured is 2.6, and a lost digit must show
+LARGER = {"normal_cdf": 4}  # measured: 3.83
 Array = NDArray[np.floating]
 
 gxx = shutil.which("g++")
@@ -129,6 +131,8 @@ def exact(function: str, x: float) -> mpmath.mpf:
         return v if x > 800 else mpmath.log1p(mpmath.exp(near))
     if function == "log_sigmoid":
         return v if x < -800 else -mpmath.log1p(mpmath.exp(-near))
+    if function == "normal_cdf":
+        return mpmath.ncdf(near)
     return getattr(mpmath, function)(v)
 
 
@@ -143,6 +147,7 @@ DOUBLE: dict[str, Callable[[Array], Array]] = {
     "softplus": lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))),
     "log_sigmoid": lambda x: np.minimum(x, 0) - np.log1p(np.exp(-np.abs(x))),
     "atan": np.arctan,
+    "normal_cdf": scipy.special.ndtr,
 }
 
 
@@ -188,7 +193,9 @@ def test_error_in_ulps(libraries: dict[str, ctypes.CDLL], isa: str, dtype: str, 
     pack = call(libraries[isa], function, "pack", x)
     error = ulp_error(pack, ulp, whole, rest)
     worst = int(np.argmax(np.where(np.isnan(error), np.inf, error)))
-    assert error[worst] <= MAX_ULP, f"{function}({x[worst]!r}) = {pack[worst]!r} is {error[worst]:.2f} ulp off"
+    assert error[worst] <= LARGER.get(function, MAX_ULP), (
+        f"{function}({x[worst]!r}) = {pack[worst]!r} is {error[worst]:.2f} ulp off"
+    )
     scalar = call(libraries[isa], function, "scalar", x)
     np.testing.assert_array_equal(bits(scalar), bits(pack), err_msg="pack and scalar differ")
 
@@ -219,6 +226,7 @@ def test_special_values(libraries: dict[str, ctypes.CDLL], kind: str, isa: str, 
         "sigmoid": [(0.0, 0.5), (-0.0, 0.5), (inf, 1), (huge, 1), (-inf, 0.0), (-huge, 0.0)],
         "softplus": [(inf, inf), (huge, huge), (1000, 1000), (-inf, 0.0), (-huge, 0.0), (-1000, 0.0)],
         "log_sigmoid": [(-inf, -inf), (-huge, -huge), (-1000, -1000), (inf, -0.0), (huge, -0.0), (1000, -0.0)],
+        "normal_cdf": [(0.0, 0.5), (-0.0, 0.5), (inf, 1), (huge, 1), (40, 1), (-inf, 0.0), (-huge, 0.0), (-40, 0.0)],
         "atan": [*odd, (inf, np.pi / 2), (-inf, -np.pi / 2), (huge, np.pi / 2), (-huge, -np.pi / 2)],
     }
     signalling = (bits(np.array([inf], dtype)) + np.array(1, f"u{info.bits // 8}")).view(dtype)

@@ -1,15 +1,20 @@
-"""idu: the equations written out, the GRU it becomes without the current chunk, windows and streams."""
+"""idu: the equations written out, the GRU it becomes without the current chunk, windows and streams, the kernel."""
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
+from check_op import Op, Sample, op_tests
 from torch import Tensor
 
 import pyflowgen
 from pyflowgen import IDU
+
+kernel = pytest.mark.skipif("library" not in pyflowgen.build_info(), reason="no compiled library")
 
 OPTIONS = list(itertools.product(("before", "after"), ("sigmoid", "hard_sigmoid"), ("candidate", "state")))
 
@@ -127,8 +132,297 @@ def test_wrong_arguments_are_named():
         "reset is 'never'": lambda: pyflowgen.idu(x, w_x, w_0, w_h, reset="never"),
         "gate is 'step'": lambda: pyflowgen.idu(x, w_x, w_0, w_h, gate="step"),
         "update is 'x'": lambda: pyflowgen.idu(x, w_x, w_0, w_h, update="x"),
+        r"weight_h has shape \(\), expected \(0, 0\)": lambda: pyflowgen.idu(
+            x, w_x[:0], w_0[:0], torch.tensor(0.0).double()
+        ),
         "window=0": lambda: IDU(4, 5, window=0),
         r"IDU: x has shape \(3, 6, 4\), expected \(batch, frames, 3\)": lambda: IDU(3, 5).frames(x),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+# ---- the battery
+
+
+def arguments(batch, time, embedding, hidden, bias=True):
+    """As large as orthogonal rows; a bias so large that its part is seen."""
+    torch.manual_seed(batch + time + embedding + hidden)
+    shapes = (2 * hidden, embedding), (2 * hidden, embedding), (2 * hidden, hidden)
+    weights = [torch.randn(s, dtype=torch.float64) / s[1] ** 0.5 for s in shapes]
+    x = torch.randn(batch, time, embedding, dtype=torch.float64)
+    return (x, *weights, torch.randn(4 * hidden, dtype=torch.float64)) if bias else (x, *weights)
+
+
+PUBLISHED = {"gate": "hard_sigmoid"}
+PORTS = {"reset": "after", "update": "state"}
+
+
+def samples():
+    strided = list(arguments(3, 4, 5, 7))
+    strided[0] = torch.randn(4, 3, 10, dtype=torch.float64).transpose(0, 1)[:, :, ::2]
+    strided[2] = torch.randn(5, 14, dtype=torch.float64).T
+    strided[3] = torch.randn(14, 1, dtype=torch.float64).expand(14, 7)
+    return [
+        Sample("one chunk", arguments(1, 1, 3, 5)),
+        Sample("one chunk, after", arguments(2, 1, 3, 5), PORTS),
+        Sample("one window", arguments(1, 9, 24, 97, bias=False)),
+        Sample("one window, after", arguments(1, 6, 24, 97), PORTS),
+        Sample("some rows", arguments(5, 4, 40, 33), PUBLISHED),
+        Sample("shared rows", arguments(40, 5, 16, 64), {**PORTS, "gate": "hard_sigmoid"}),
+        Sample("shared columns", arguments(3, 4, 8, 200), {"update": "state"}),
+        Sample("shared columns, one window", arguments(1, 4, 8, 260), {"reset": "after"}),
+        Sample("strided", tuple(strided)),
+        Sample("lengths", arguments(4, 5, 6, 8), {"length": torch.tensor([5, 0, 2, 9])}),
+        Sample("lengths, after", arguments(3, 5, 6, 8), {"length": torch.tensor([1, 2, 1]), **PORTS}),
+        Sample("no rows", arguments(0, 3, 4, 5)),
+    ]
+
+
+def operands(sample, keep=False):
+    tensors = *sample.tensors, *[None] * (5 - len(sample.tensors))
+    o = sample.options
+    how = o.get("reset") == "after", o.get("gate") == "hard_sigmoid", o.get("update") == "state"
+    return *tensors, o.get("length"), None, *how, keep
+
+
+def changed(place, tensor, **options):
+    given = [t.float() for t in arguments(2, 3, 4, 5)]
+    return lambda: pyflowgen.idu(*(tensor if i == place else t for i, t in enumerate(given)), **options)
+
+
+BATTERY = Op(
+    name="idu",
+    function=pyflowgen.idu,
+    reference=pyflowgen.idu_reference,
+    samples=samples,
+    small=lambda: [
+        Sample("before", arguments(2, 3, 2, 3), {"length": torch.tensor([3, 2])}),
+        Sample("after, no bias", arguments(2, 2, 3, 2, bias=False), {**PORTS, "gate": "hard_sigmoid"}),
+    ],
+    operator=lambda s: (torch.ops.pyflowgen.idu.default, operands(s)),
+    resize=lambda batch: Sample("resized", arguments(batch, 3, 4, 5)),
+    bad=[
+        ("x not a tensor", changed(0, 3), TypeError, "x must be a tensor, got int"),
+        ("x dimensions", changed(0, torch.zeros(3, 4)), ValueError, r"x has shape \(3, 4\), expected \(batch, time"),
+        ("no chunk", changed(0, torch.zeros(2, 0, 4)), ValueError, r"x has shape \(2, 0, 4\).* a chunk at least"),
+        ("features", changed(0, torch.zeros(2, 3, 5)), ValueError, r"weight_x has shape \(10, 4\), expected \(10, 5\)"),
+        ("weight_x", changed(1, torch.zeros(10, 3)), ValueError, r"weight_x has shape \(10, 3\), expected \(10, 4\)"),
+        ("weight_h", changed(3, torch.zeros(5, 5)), ValueError, r"weight_h has shape \(5, 5\), expected \(10, 5\)"),
+        ("weight none", changed(3, None), TypeError, "weight_h must be a tensor, got NoneType"),
+        ("bias", changed(4, torch.zeros(5)), ValueError, r"bias has shape \(5,\), expected \(20,\)"),
+        ("dtype", changed(1, torch.zeros(10, 4).double()), TypeError, "weight_x is torch.float64, expected x's torch.float32"),
+        ("lengths", changed(9, None, length=torch.tensor([1])), ValueError, r"length has shape \(1,\), expected \(2,\)"),
+        ("real lengths", changed(9, None, length=torch.ones(2)), TypeError, "length is torch.float32, expected integers"),
+        ("option", changed(9, None, gate="tanh"), ValueError, "gate is 'tanh', expected one of sigmoid, hard_sigmoid"),
+    ],
+    dtypes=(torch.float64, torch.float32),
+    draws=8,  # few elements, whose sums the reference forms in another order: the errors of both are equal on average
+    without_fma=2,
+)  # fmt: skip
+globals().update({name: kernel(test) for name, test in op_tests(BATTERY).items()})
+
+
+# ---- what is special to the kernel
+
+
+def gradients(function, tensors):
+    outputs = function(*tensors)
+    outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+    inputs = [t for t in tensors if t is not None and t.requires_grad]
+    return outputs, torch.autograd.grad(sum(o.sin().sum() for o in outputs), inputs)
+
+
+@kernel
+@pytest.mark.parametrize("count", [1, 4, 9])
+@pytest.mark.parametrize(("reset", "gate", "update"), OPTIONS)
+def test_frames_and_their_gradient_are_the_references(reset, gate, update, count):
+    """Windows that overlap share the gradient of their chunks; the cache has one too, given and taken."""
+    torch.manual_seed(0)
+    layer = IDU(6, 37, window=5, bias=True, reset=reset, gate=gate, update=update).double()
+    torch.nn.init.normal_(layer.bias)
+    kept = torch.randn(3, 4, 74, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, count, 6, dtype=torch.float64, requires_grad=True)
+    seen = torch.tensor([0, 3, 5])
+
+    def frames(x, kept, *weights):
+        h, (cache, after) = layer.frames(x, (kept, seen))
+        assert after.tolist() == [min(5, n + count) for n in (0, 3, 5)]
+        return h, cache
+
+    tensors = x, kept, *layer.parameters()
+    got = gradients(frames, tensors)
+    with torch.no_grad():
+        for a, b in zip(frames(*tensors), got[0], strict=True):  # on packed weights
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    with pyflowgen.reference_path():
+        want = gradients(frames, tensors)
+    for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
+    (last,) = torch.autograd.grad(layer.frames(x, (kept, seen))[1][0].sum(), layer.weight_x)  # the cache alone
+    assert last.any()
+
+
+def test_double_backward_of_frames():
+    torch.manual_seed(0)
+    layer = IDU(2, 3, window=3).double()
+    kept, x = torch.randn(1, 2, 6, dtype=torch.float64), torch.randn(1, 2, 2, dtype=torch.float64)
+
+    def frames(x, kept):
+        h, (cache, _) = layer.frames(x, (kept, torch.tensor([1])))
+        return h, cache
+
+    assert torch.autograd.gradgradcheck(frames, (x.requires_grad_(), kept.requires_grad_()))
+
+
+@kernel
+def test_hard_gates_have_the_references_slope_where_they_meet_their_bounds():
+    x = torch.tensor([[[2.5], [-2.5], [2.4], [9.0], [1.0]]]).expand(1, 5, 1).requires_grad_()
+    weights = [torch.tensor(w).requires_grad_() for w in ([[1.0], [0.3]], [[0.0], [0.0]], [[0.0], [0.5]])]
+    for options in ({}, PORTS):
+        got, want = (
+            gradients(lambda *t, f=f, o=options: f(*t, gate="hard_sigmoid", **o), (x, *weights))
+            for f in (pyflowgen.idu, pyflowgen.idu_reference)
+        )
+        assert want[1][0][0, :2].any()
+        for a, b in zip(got[1], want[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+@kernel
+def test_a_window_alone_has_the_same_bits():
+    """Other windows, of the batch or of the clip, and later frames leave no trace."""
+    for batch, hidden in ((30, 40), (3, 200), (17, 16)):
+        x, *weights = (t.float() for t in arguments(batch, 6, 12, hidden))
+        for options in ({}, PORTS):
+            whole = pyflowgen.idu(x, *weights, **options)
+            assert torch.equal(pyflowgen.idu(x[1:2], *weights, **options), whole[1:2])
+    layer, x = IDU(12, 200, window=4), torch.randn(2, 20, 12)
+    with torch.no_grad():
+        clip, later = layer.frames(x)[0], x.clone()
+        later[:, 11:] = torch.nan
+        got = layer.frames(later)[0]
+        assert torch.equal(got[:, :11], clip[:, :11]) and got[:, 11:].isnan().all()
+        for t in (4, 11, 19):
+            torch.testing.assert_close(layer(x[:, t - 3 : t + 1]), clip[:, t], rtol=0, atol=3e-6)
+
+
+@kernel
+@pytest.mark.parametrize("hidden", [16, 200])
+def test_hostile_values_stay_where_they_are(hidden):
+    for value in (float("nan"), float("inf"), -float("inf"), 1e38, 1e-42, -0.0):
+        args = [t.float() for t in arguments(3, 5, 6, hidden)]
+        clean = pyflowgen.idu(*args)
+        args[0][1, 2, 3] = value
+        dirty, want = pyflowgen.idu(*args), pyflowgen.idu_reference(*args)
+        assert torch.equal(clean[[0, 2]], dirty[[0, 2]])
+        torch.testing.assert_close(dirty, want, equal_nan=True, rtol=1e-5, atol=2e-6)
+        args[0] = args[0].requires_grad_()
+        got, want = (gradients(f, args)[1][0] for f in (pyflowgen.idu, pyflowgen.idu_reference))
+        torch.testing.assert_close(got[[0, 2]], want[[0, 2]], rtol=1e-4, atol=1e-5)
+
+
+@kernel
+def test_usual_path_is_the_kernel():
+    def seen(what):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            what()
+        return {e.key for e in profile.key_averages() if e.key.startswith("pyflowgen::")}
+
+    layer, x = IDU(5, 7, window=4), torch.randn(2, 4, 5)
+    both = {"pyflowgen::idu", "pyflowgen::idu_backward"}
+    assert seen(lambda: layer(x).sum().backward()) == both
+    assert seen(lambda: layer.frames(x)[0].sum().backward()) == both
+    with torch.no_grad():
+        assert seen(lambda: layer.frames(x)) == {"pyflowgen::idu", "pyflowgen::idu_pack"}
+        assert seen(lambda: (layer(x), layer.frames(x[:, :1]))) == {"pyflowgen::idu"}, "packed once"
+        assert seen(lambda: layer.bfloat16()(x.bfloat16())) == set(), "16 bits are the reference's"
+    with pyflowgen.reference_path():
+        assert seen(lambda: layer.float()(x).sum().backward()) == set()
+
+
+def fused_step(layer):
+    """An optimizer step that no version counter counts."""
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0, fused=True)
+    with torch.enable_grad():
+        layer(torch.randn(2, 4, 5)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@kernel
+def test_weights_are_packed_anew_when_they_change():
+    torch.manual_seed(0)
+    layer, x = IDU(5, 7, window=4, bias=True), torch.randn(2, 4, 5)
+    with torch.no_grad():
+        layer(x)
+        for change in (
+            lambda: layer.weight_h.mul_(1.5),
+            lambda: layer.load_state_dict(IDU(5, 7, window=4, bias=True).state_dict()),
+            lambda: fused_step(layer),
+            lambda: layer.weight_0.data.add_(0.5),
+            lambda: layer.bias.add_(0.5),
+            lambda: setattr(layer, "weight_x", torch.nn.Parameter(torch.randn(14, 5))),
+            lambda: layer.double(),
+        ):
+            change()
+            given = x.to(layer.weight_x.dtype)
+            with pyflowgen.reference_path():
+                want = layer(given)
+            torch.testing.assert_close(layer(given), want)
+            torch.testing.assert_close(layer.frames(given)[0][:, -1], want)
+    size = len(pickle.dumps(layer))
+    twin = copy.deepcopy(layer)
+    assert twin._packed._packed is None and size < 3 * sum(8 * p.numel() for p in layer.parameters())
+    assert torch.equal(pickle.loads(pickle.dumps(layer))(given), twin(given))
+
+
+@kernel
+def test_operators_of_training_and_streams():
+    """What the battery leaves out: keeping, a cache, the gradient."""
+    for options in ({}, PORTS):
+        sample = Sample("", tuple(t.float() for t in arguments(2, 3, 4, 5)), options)
+        *tensors, length, _, after, hard, keeps, _ = operands(sample)
+        cached = torch.randn(2, 4, 10)
+        for cache in (None, cached):
+            given = *tensors, None, cache, after, hard, keeps, True
+            torch.library.opcheck(torch.ops.pyflowgen.idu.default, given)
+            h, products, *kept = torch.ops.pyflowgen.idu(*given)
+            for dgiven in (None, torch.randn_like(products)):
+                back = torch.randn_like(h), dgiven, *tensors[:4], None, after, hard, keeps, *kept, True, True
+                torch.library.opcheck(torch.ops.pyflowgen.idu_backward.default, back)
+        packed = torch.ops.pyflowgen.idu_pack(*tensors[1:4])
+        torch.library.opcheck(
+            torch.ops.pyflowgen.idu.default, (*tensors, None, cached, after, hard, keeps, False, packed)
+        )
+        for wrong, message in (
+            ((*tensors, None, cached[..., 1:], after, hard, keeps, False), "cached must have shape"),
+            ((*tensors, torch.ones(3, dtype=torch.long), None, after, hard, keeps, False), r"of shape \(2,\)"),
+            ((tensors[0].double(), *tensors[1:], None, None, after, hard, keeps, False), "dtype"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                torch.ops.pyflowgen.idu(*wrong)
+        with pytest.raises(RuntimeError, match="kept is not that"):
+            torch.ops.pyflowgen.idu_backward(*back[:-3], kept[2][1:], True, True)
+
+
+@kernel
+def test_frames_compile_and_export():
+    torch.compiler.reset()
+    layer = IDU(4, 8, window=3)
+    compiled = torch.compile(lambda x: layer.frames(x)[0], fullgraph=True, dynamic=True)
+    for count in (4, 7):
+        x = torch.randn(2, count, 4)
+        got, want = compiled(x), layer.frames(x)[0]
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(o.sum(), layer.weight_h)[0] for o in (got, want)))
+    with torch.no_grad():
+        program = torch.export.export(layer, (x[:, :3],))
+        torch.testing.assert_close(program.module()(x[:, :3]), layer(x[:, :3]))
+
+
+def test_autocast_runs():
+    layer, x = IDU(5, 8, window=4), torch.randn(2, 4, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        h = layer(x)
+    assert (h.float() - layer(x)).abs().max() < 0.05

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from check_op import Op, Sample, op_tests
 from torch import Tensor, nn
 
@@ -52,10 +53,23 @@ def sample(
     return Sample(name, tuple(tensors), options)
 
 
+def residual(
+    name: str, batch: tuple[int, ...], channels: int, conditioning: int, hidden: int, out: int, *, blocks: int = 2,
+    context: int = 0, gated: bool = True, **options: Any,
+) -> Sample:  # fmt: skip
+    """A sample with residual blocks, gated when there is a context."""
+    gated = gated and context > 0
+    each = [(hidden, hidden), (hidden, hidden), *([(context, hidden)] if gated else [])]
+    tensors = [normal(*batch, channels), *([normal(*batch, context, seed=1)] if context else [])]
+    for i, (n_in, n_out) in enumerate([(conditioning + context, hidden), *each * blocks, (hidden, out)]):
+        tensors += [normal(n_out, n_in, seed=i) / n_in**0.5, normal(n_out, seed=i) / 4]
+    return Sample(name, tuple(tensors), {**options, "blocks": blocks, **({"contextual": True} if context else {})})
+
+
 def samples() -> list[Sample]:
     result = []
     for activation, inverse in itertools.product(
-        ("relu", "leaky_relu", "silu", "tanh", "sigmoid", "none"), (False, True)
+        ("relu", "leaky_relu", "silu", "tanh", "sigmoid", "gelu", "elu", "none"), (False, True)
     ):
         options: dict[str, Any] = dict(activation=activation, inverse=inverse, scale="tanh")
         result.append(sample(f"{activation}-{inverse}", (70,), 9, 5, [33, 17], 8, **options))
@@ -63,7 +77,13 @@ def samples() -> list[Sample]:
         out = 4 if scale is None else 8
         result.append(sample(f"scale-{scale}", (19,), 9, 5, [20], out, scale=scale))
     add = lambda *args, **options: result.append(sample(*args, **options))  # noqa: E731
-    add("gelu-in-layers", (9,), 6, 3, [12], 6, activation="gelu")
+    add("softplus-in-layers", (9,), 6, 3, [12], 6, activation="softplus")
+    for activation in ("relu", "silu", "tanh", "gelu"):
+        result.append(residual(f"residual-{activation}", (70,), 7, 3, 20, 8, activation=activation, scale="tanh"))
+    result.append(residual("residual-gated", (70,), 7, 4, 33, 6, context=5, activation="silu", scale="tanh"))
+    result.append(residual("residual-gated-relu", (300,), 6, 3, 16, 6, context=2, blocks=3, scale="sigmoid"))
+    result.append(residual("residual-context-no-gates", (70,), 7, 4, 24, 6, context=5, gated=False, scale="sigmoid"))
+    result.append(residual("residual-groups", (700,), 6, 3, 48, 3, blocks=1, scale=None, inverse=True))
     add("swap", (65,), 7, 3, [16, 16], 8, same=(4, 1), part=(0, 1))
     add("every-second", (33,), 12, 6, [16, 16], 12, same=(0, 2), part=(1, 2), layout="interleaved")
     add("mask", (33,), 7, 7, [16], 14, mask=torch.arange(7) % 3 == 0)
@@ -95,6 +115,8 @@ def small() -> list[Sample]:
     result.append(sample("additive-context", (3,), 4, 2, [4, 3], 2, context=2, scale=None, activation="tanh"))
     result.append(sample("mask", (3,), 4, 4, [4], 8, mask=torch.arange(4) % 2 == 0, activation="silu"))
     result.append(sample("no-bias", (3,), 4, 2, [4], 4, bias=False, activation="tanh"))
+    result.append(residual("residual", (3,), 4, 2, 4, 4, blocks=1, activation="gelu"))
+    result.append(residual("residual-gated", (3,), 4, 2, 4, 4, blocks=2, context=2, activation="tanh"))
     return result
 
 
@@ -110,7 +132,7 @@ def operator(s: Sample) -> tuple[Any, tuple[Any, ...]]:
         tuple(weights), tuple(biases), product._FUSED[o.get("activation", "relu")],
         part=(0 if "mask" in o else conditioning, 1), scale=0 if scale is None else affine._SCALES.index(scale),
         numbers=(2.0, *module._NO_NUMBERS[1:]),
-        inverse=o.get("inverse", False), mask=o.get("mask"),
+        inverse=o.get("inverse", False), mask=o.get("mask"), blocks=o.get("blocks", 0),
     )  # fmt: skip
     detached = [t.detach() for t in (*weights, *biases)]
     x = s.tensors[0].detach()
@@ -134,6 +156,9 @@ BAD = [
     ("scale", lambda: mlp_coupling(X, W, B, scale="cosh"), ValueError, "scale must be one of"),
     ("context", lambda: mlp_coupling(X, W, B, torch.zeros(3, 1)), ValueError, r"context has shape \(3, 1\)"),
     ("mask", lambda: mlp_coupling(X, W, B, mask=torch.ones(5) > 0), ValueError, r"mask must be a bool tensor of shape \(6,\)"),
+    ("blocks", lambda: mlp_coupling(X, W, B, blocks=1), ValueError, "1 residual blocks take 4 weights, or 5 with gates and a context, got 2"),
+    ("gates without context", lambda: mlp_coupling(X, [W[0], *[torch.zeros(8, 8)] * 3, W[1]], [None] * 5, blocks=1), ValueError, "got 5"),
+    ("block shape", lambda: mlp_coupling(X, [W[0], W[1], torch.zeros(8, 6), W[1]], [None] * 4, blocks=1), ValueError, r"weights\[1\] has shape \(6, 8\), expected \(8, 8\)"),
     ("mask conditioner", lambda: mlp_coupling(X, W, B, mask=torch.ones(6) > 0), ValueError, "weights take 3 channels"),
 ]  # fmt: skip
 
@@ -196,6 +221,10 @@ def net(n_in: int, n_out: int, context: int = 0, **options: Any) -> pyflowgen.ML
     return pyflowgen.MLP(n_in, [13, 9], n_out, context_features=context, zero_init_last=False, **options)
 
 
+def residual_net(n_in: int, n_out: int, context: int = 0, **options: Any) -> pyflowgen.ResidualMLP:
+    return pyflowgen.ResidualMLP(n_in, 10, n_out, context_features=context, zero_init_last=False, **options)
+
+
 def chain(context: int = 0) -> pyflowgen.Chain:
     """Every kind of layer that goes into the operator, some twice in a row."""
     mask = torch.arange(7) % 3 == 0
@@ -210,6 +239,7 @@ def chain(context: int = 0) -> pyflowgen.Chain:
         pyflowgen.AdditiveCoupling(net(7, 7, context, activation="tanh"), mask=mask),
         pyflowgen.AffineCoupling(net(4, 6, context), mask="interleaved", layout="interleaved", scale="softclip"),
         pyflowgen.SplineCoupling(net(3, 4 * 11, context), bins=4, swap=True),
+        pyflowgen.AffineCoupling(residual_net(3, 8, context, activation="elu"), swap=True, scale="tanh"),
         pyflowgen.Scale(7),
         pyflowgen.ActNorm(7),
     ]
@@ -325,6 +355,8 @@ def test_what_is_more_than_a_perceptron_runs_by_itself() -> None:
     hooked = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
     hooked[2].register_forward_hook(lambda *_: seen.append(1))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 8)), nn.ReLU(), nn.Linear(8, 6))
+    pruned = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 6))
+    torch.nn.utils.prune.l1_unstructured(pruned[0], "weight", 0.5)  # its weight is no parameter any more
     dropped = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 6))
     mixed = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6))
     slope = nn.Sequential(nn.Linear(3, 8), nn.LeakyReLU(0.2), nn.Linear(8, 6))
@@ -334,7 +366,15 @@ def test_what_is_more_than_a_perceptron_runs_by_itself() -> None:
         def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
             return super().forward(x, context) + 1
 
-    for conditioner in (hooked, normed, dropped, mixed, slope, ended, Own(3, [8], 6)):
+    approximate = nn.Sequential(nn.Linear(3, 8), nn.GELU("tanh"), nn.Linear(8, 6))
+    watched_block, other_activation, other_layer = (residual_net(3, 6) for _ in range(3))
+    watched_block.blocks[1].register_forward_hook(lambda *_: seen.append(3))
+    other_activation.blocks[0].activation = nn.Tanh()
+    other_layer.final_layer = nn.utils.parametrizations.weight_norm(nn.Linear(10, 6))
+    for conditioner in (
+        hooked, normed, pruned, dropped, mixed, slope, ended, approximate, Own(3, [8], 6), watched_block, other_activation,
+        other_layer,
+    ):  # fmt: skip
         assert "mlp_coupling" not in operators(lambda c=conditioner: layer(c)(x))
         dropped.eval()
         y, logdet = layer(conditioner)(x)

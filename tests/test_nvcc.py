@@ -16,7 +16,10 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # Registers a thread. With blocks of 256 threads and 65,536 registers, 128 leave two blocks a multiprocessor: 512
 # threads with three or four 128-bit loads each, more bytes in flight than its share of the memory's bandwidth needs.
 # slogdet lives in shared memory: 64 leave it four blocks.
-REGISTERS = {"affine_coupling": 128, "rational_quadratic_spline": 128, "slogdet": 64}
+# A recurrence has one block a multiprocessor, of which shared memory leaves no second: 255 would do.
+REGISTERS = {
+    "affine_coupling": 128, "gru": 176, "lstm": 176, "rational_quadratic_spline": 128, "slogdet": 64, "trn": 224
+}  # fmt: skip
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 nvcc = shutil.which("nvcc")

@@ -340,3 +340,20 @@ def test_round_trip_errs_at_most_twice_what_rounding_y_costs(bins: int, path: st
     assert mine.max() <= 2 * least.max()
     for mask in (logdet > -99, logdet > 0, logdet < 0, logdet < -3):
         assert mine[mask].square().mean() <= 4 * least[mask].square().mean()
+
+
+@pytest.mark.parametrize("bins", [5, 8])
+@pytest.mark.parametrize("convention", ["nflows", "torchflows"])
+def test_parameters_that_are_not_finite_or_huge(convention: str, bins: int) -> None:
+    """NaN where the reference gives NaN, in no other element, and a softmax right for logits far apart."""
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 1e30, -1e30, 3e5, -3e5, 200.0]).repeat_interleave(2)
+    params = normal(16, 3 * bins - 1).float()
+    params[::2, 1], params[1::2, bins + 1] = bad[::2], bad[1::2]
+    x = torch.linspace(-2.9, 2.9, 16)
+    for inverse in (False, True):
+        options = dict(layout="last", convention=convention, event_dim=0, inverse=inverse)
+        got = rational_quadratic_spline(x, params, **options)
+        want = rational_quadratic_spline_reference(x.double(), params.double(), **options)
+        assert want[0].isnan().sum() >= 4
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-3, equal_nan=True)

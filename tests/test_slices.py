@@ -36,7 +36,6 @@ LAYERS = (
     "benchmarks/bench_{}.py",
 )
 # Files that an op does without, and why. A file that exists is no longer missing: the list has to say the truth.
-NO_KERNEL = "no kernel yet, and none to time; the reference runs"
 GPU = ("csrc/cuda/{}.cu", "csrc/cuda/{}.cpp", "kernels/{}.py")
 WITHOUT = {
     "linear": {
@@ -46,23 +45,26 @@ WITHOUT = {
     "mlp_coupling": {
         "csrc/formula/mlp_coupling.h": "the transforms' formulas are those of the ops it is made of",
         "benchmarks/bench_mlp_coupling.py": "timed as whole flows, in bench_realnvp and bench_nsf",
-        **{layer.format("mlp_coupling"): "no GPU kernel yet: layer by layer there" for layer in GPU},
+        **{layer.format("mlp_coupling"): "its kernels for GPUs are Triton's" for layer in GPU[:2]},
     },
     "invertible_linear": {
         layer.format("invertible_linear"): "on a GPU torch's own products and solves run" for layer in GPU
     },
-    "rational_quadratic_spline": {"kernels/rational_quadratic_spline.py": "not written yet: CUDA alone"},
-    **{op: {layer.format(op): "on a GPU cuDNN's own recurrence runs" for layer in GPU} for op in ("gru", "lstm")},
-    "idu": {layer.format("idu"): NO_KERNEL for layer in LAYERS if not layer.startswith(("pyflowgen", "tests"))},
+    **{
+        op: {f"kernels/{op}.py": "a whole sequence needs a barrier of the grid: CUDA C++ alone"}
+        for op in ("gru", "lstm")
+    },
+    "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU},
     "trn": {
         "csrc/formula/trn.h": "its cells are formula/lstm.h's",
-        **{layer.format("trn"): "no kernel for GPUs yet; the reference runs" for layer in GPU},
+        "kernels/trn.py": "a clip needs a barrier of the grid: CUDA C++ alone",
     },
 }
 # What several ops stand on, and whole systems that are timed: stems of no op.
 SHARED = {
     "csrc/cpu/gemm.simd.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/packed_row.simd.cpp",
     "csrc/cpu/team.cpp",
     "csrc/module.cpp",
     "kernels/tile.py",

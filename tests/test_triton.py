@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -16,6 +17,8 @@ import torch
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 from pyflowgen.kernels import affine_coupling as kernels  # noqa: E402
+from pyflowgen.kernels import mlp_coupling as mlp_kernels  # noqa: E402
+from pyflowgen.kernels import rational_quadratic_spline as spline_kernels  # noqa: E402
 from pyflowgen.kernels import slogdet as slogdet_kernels  # noqa: E402
 from pyflowgen.kernels import tile  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -41,7 +44,15 @@ def interpret(*command: str, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("file, least", [("triton_interpreter.py", 100), ("triton_interpreter_slogdet.py", 20)])
+@pytest.mark.parametrize(
+    "file, least",
+    [
+        ("triton_interpreter.py", 100),
+        ("triton_interpreter_mlp.py", 30),
+        ("triton_interpreter_slogdet.py", 20),
+        ("triton_interpreter_spline.py", 50),
+    ],
+)
 def test_interpreter(file: str, least: int) -> None:
     out = interpret("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(HERE / file))
     assert int(re.findall(r"(\d+) passed", out)[-1]) > least
@@ -67,12 +78,17 @@ print(all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want))
 """
 
 
-@pytest.mark.parametrize("op", ["affine_coupling", "affine_coupling_backward", "slogdet", "slogdet_backward"])
+MODULES = {
+    "affine_coupling": kernels, "mlp_coupling": mlp_kernels, "rational_quadratic_spline": spline_kernels, "slogdet": slogdet_kernels,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", [name for op in MODULES for name in (op, f"{op}_backward")])
 def test_launcher_schema(op: str) -> None:
     if _native._missing:
         pytest.skip("no compiled library to compare with")
     schema = getattr(torch.ops.pyflowgen, op).default._schema
-    launcher = getattr(slogdet_kernels if "slogdet" in op else kernels, op)
+    launcher = getattr(MODULES[op.removesuffix("_backward")], op)
     assert f"pyflowgen::{op}{_native.launcher_schema(launcher)}" == str(schema)
 
 
@@ -135,6 +151,56 @@ def slogdet_case(batch: int, n: int, dtype: torch.dtype) -> Callable[[], None]:
     return call
 
 
+def spline_case(
+    shape: tuple[int, ...], bins: int, dtype: torch.dtype, layout: int, convention: int, tails: int, *,
+    inverse: bool = False, event_dim: int = 1, part: tuple[int, int] = (0, 1), mask: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    def call() -> None:
+        x, dim, each = torch.empty(shape, dtype=dtype), len(shape) - event_dim, 3 * bins + (1, -1, 0, 1)[tails]
+        count = list(shape)
+        count[dim] = count[dim] // 2 if part != (0, 1) else count[dim]
+        circular = torch.ones(count[dim:], dtype=torch.bool) if tails == 3 else None
+        if layout == 2:
+            count[dim] *= each
+        params = [x.new_empty(count if layout == 2 else [*count, each]), None, None]
+        if layout == 0:
+            params = [x.new_empty(*count, n) for n in (bins, bins, each - 2 * bins)]
+        masked = torch.ones(shape[dim:], dtype=torch.bool) if mask else None
+        numbers = (-3.0, 3.0, -3.0, 3.0, 1e-3, 1e-3, 1e-3, 0.54, 6.9 if convention == 1 else 0.0, 1.0)
+        options = (
+            x, *params, None, circular, masked, bins, layout, *part, convention, tails, *numbers, inverse, event_dim
+        )  # fmt: skip
+        spline_kernels.rational_quadratic_spline_backward(*spline_kernels.rational_quadratic_spline(*options), *options)
+
+    return call
+
+
+def mlp_case(
+    rows: int, channels: int, hidden: list[int], *, activation: int = 1, blocks: int = 0, bins: int = 0,
+    context: int = 0, mask: bool = False, inverse: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    def call() -> None:
+        same = channels if mask else channels // 2
+        count = channels if mask else channels - same
+        sizes = [same + context, *hidden, count * (3 * bins - 1 if bins else 2)]
+        x = torch.empty(rows, channels)
+        weights = [x.new_empty(b, a) for a, b in itertools.pairwise(sizes)]
+        biases = [x.new_empty(size if i else 0) for i, size in enumerate(sizes[1:])]
+        tensors = (
+            x, x.new_empty(rows, context) if context else None, weights, biases,
+            [torch.ones(channels, dtype=torch.bool) if mask else x.new_empty(0)], [], [], [],
+        )  # fmt: skip
+        options = [
+            len(weights), activation, 0, 1, 0 if mask else same, 1, 0 if bins else 2, 0, inverse, 1, 0, 0, 0, bins, 0, 1,
+            blocks,
+        ]  # fmt: skip
+        numbers = [2.0, -3.0, 3.0, -3.0, 3.0, 1e-3, 1e-3, 1e-3, 0.54, 0.0, 1.0]
+        y, logdet, saved = mlp_kernels.mlp_coupling(*tensors, options, numbers, True)
+        mlp_kernels.mlp_coupling_backward(y, logdet, *tensors, saved, options, numbers, True, True)
+
+    return call
+
+
 CASES = {
     "slogdet, 2": slogdet_case(8192, 2, torch.float32),
     "slogdet, 8": slogdet_case(8192, 8, torch.bfloat16),
@@ -149,6 +215,21 @@ CASES = {
     "atan, interleaved": case((8192, 64), torch.float64, 2, 6, part=(0, 2), inverse=True, shift_first=True),
     "softplus, halves": case((1024, 64), torch.float64, 1, 7, shift_first=True, dy=False),
 }
+
+
+# A block of elements by bins is held twice over: two programs on a multiprocessor, and in float64 the same.
+SPLINES = [
+    *((spline_case((8192, 64), 8, torch.float32, 2, 0, 1, part=(32, 1)), target) for target in TARGETS),
+    (spline_case((8, 6, 8, 8), 5, torch.bfloat16, 2, 1, 2, inverse=True, event_dim=3, mask=True), TARGETS[3]),
+    (spline_case((8192, 6), 17, torch.float64, 0, 2, 3, inverse=True), TARGETS[1]),
+]
+
+
+COUPLINGS = [
+    (mlp_case(1024, 64, [128, 128]), TARGETS[2]),
+    (mlp_case(16384, 7, [33], activation=3, context=5, mask=True, inverse=True), TARGETS[3]),
+    (mlp_case(1024, 64, [64, 64, 64], blocks=1, bins=8), TARGETS[1]),
+]
 
 
 @pytest.fixture
@@ -172,6 +253,30 @@ def test_ahead_of_time(name: str, target: Any, recorded: list[tile.Launch], tmp_
         # gfx942 keeps the many double constants of atan in scalar registers; those it parks never reach memory.
         assert parked <= (8 if double else 0)
         assert registers <= 168  # three programs on a multiprocessor of 65,536 registers
+
+
+@pytest.mark.skipif(_native._INTERPRET, reason="the interpreter has no compiler")
+@pytest.mark.parametrize("case", range(len(SPLINES)))
+def test_splines_ahead_of_time(case: int, recorded: list[tile.Launch], tmp_path: Path) -> None:
+    call, target = SPLINES[case]
+    call()
+    assert [launch.kernel.__name__ for launch in recorded] == ["forward_kernel", "backward_kernel"]
+    for launch in recorded:
+        registers, memory, parked = resources(compiled(launch, target), tmp_path)
+        assert memory == 0 and parked <= 32 and registers <= 255
+
+
+@pytest.mark.skipif(_native._INTERPRET, reason="the interpreter has no compiler")
+@pytest.mark.parametrize("case", range(len(COUPLINGS)))
+def test_couplings_ahead_of_time(case: int, recorded: list[tile.Launch], tmp_path: Path) -> None:
+    call, target = COUPLINGS[case]
+    call()
+    assert [x.kernel.__name__ for x in recorded] == ["forward_kernel", "backward_kernel", "weight_kernel"]
+    for launch in recorded:
+        binary = compiled(launch, target)
+        registers, memory, parked = resources(binary, tmp_path)
+        assert memory == 0 and parked <= 32 and registers <= 255
+        assert binary.metadata.shared <= 32 << 10  # several programs on a multiprocessor
 
 
 @pytest.mark.skipif(_native._INTERPRET, reason="the interpreter has no compiler")

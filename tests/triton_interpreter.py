@@ -6,59 +6,19 @@ Needs a process of its own with TRITON_INTERPRET=1: tests/test_triton.py starts 
 
 import itertools
 import math
-import os
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import triton.runtime.interpreter as interpreter
+from check_triton import launches as launches
 from pyflowgen.kernels import tile
 from torch import Tensor
 
 import pyflowgen
 
-assert os.environ.get("TRITON_INTERPRET") == "1"
 SCALES = ["exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 rng = np.random.default_rng(0)
-
-
-@pytest.fixture(autouse=True)
-def launches(monkeypatch):
-    """The launches of a test; every lane that is not masked off must stay within a tensor of its launch."""
-    done, storages = [], []
-    run = tile.Launch.run
-
-    def recorded(self, device):
-        tensors = [a for a in self.arguments if isinstance(a, Tensor)]
-        storages[:] = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in tensors]
-        done.append(self)
-        run(self, device)
-
-    def check(pointers, mask):
-        p = pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64)
-        inside = np.zeros(p.shape, bool)
-        for start, size in storages:
-            inside |= (p >= start) & (p < start + size)
-        assert inside.all(), "access outside of the launch's tensors"
-
-    real = interpreter._interpreter
-
-    def load(pointers, mask, *rest):
-        check(pointers, mask)
-        return real.load(pointers, mask, *rest)
-
-    def store(pointers, value, mask):
-        check(pointers, mask)
-        return real.store(pointers, value, mask)
-
-    parts = {name: getattr(real, name) for name in dir(real) if not name.startswith("__")}
-    monkeypatch.setattr(interpreter, "_interpreter", SimpleNamespace(**(parts | {"load": load, "store": store})))
-    monkeypatch.setattr(tile.Launch, "run", recorded)
-    torch.use_deterministic_algorithms(True)  # also fills what torch.empty returns with NaN
-    with np.errstate(all="ignore"):
-        yield done
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, scale: float = 1.5) -> Tensor:

@@ -1,4 +1,4 @@
-// Activations on packs, and their derivatives from what is kept: the argument for silu, the result for the others.
+// Activations on packs, and their derivatives from what is kept: the argument or the result, see keeps_argument.
 // Included only from *.simd.cpp, as simd.h.
 #pragma once
 
@@ -14,6 +14,8 @@ template <Activation kind, class V> PYFLOWGEN_INLINE V activate(V z) {
   if constexpr (kind == Activation::silu) return z * formula::sigmoid(z);
   if constexpr (kind == Activation::tanh) return formula::tanh(z);
   if constexpr (kind == Activation::sigmoid) return formula::sigmoid(z);
+  if constexpr (kind == Activation::gelu) return z * formula::normal_cdf(z);
+  if constexpr (kind == Activation::elu) return z > 0 ? z : formula::expm1(z);
   return z;
 }
 
@@ -26,6 +28,12 @@ template <Activation kind, class V> PYFLOWGEN_INLINE V activate_backward(V dy, V
   }
   if constexpr (kind == Activation::tanh) return dy * (1 - saved * saved);
   if constexpr (kind == Activation::sigmoid) return dy * saved * (1 - saved);
+  if constexpr (kind == Activation::gelu) {
+    constexpr formula::Element<V> at_zero = 0.398942280401432677940;  // the density's, 1 / sqrt(2 pi)
+    const formula::Normal<V> n = formula::normal(saved);
+    return dy * formula::fma(saved, n.bell * at_zero, n.cdf);
+  }
+  if constexpr (kind == Activation::elu) return saved > 0 ? dy : dy * formula::exp(saved);
   return dy;
 }
 
@@ -38,6 +46,8 @@ template <class F> PYFLOWGEN_INLINE void for_kind(Activation activation, const F
     case Activation::silu: return f.template operator()<Activation::silu>();
     case Activation::tanh: return f.template operator()<Activation::tanh>();
     case Activation::sigmoid: return f.template operator()<Activation::sigmoid>();
+    case Activation::gelu: return f.template operator()<Activation::gelu>();
+    case Activation::elu: return f.template operator()<Activation::elu>();
   }
 }
 

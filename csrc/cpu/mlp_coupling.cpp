@@ -50,17 +50,18 @@ struct Step {
   bool permuted;
   int64_t scaled;
   bool shifted;
-  int64_t bins, convention, tails;
+  int64_t bins, convention, tails, blocks;
   const double* numbers;
   size_t weight, index, log_scale, shift;  // its first place in each list
   int64_t parameters, conditioning;
 
+  bool gated() const { return blocks && layers == 2 + 3 * blocks; }
   int64_t derivatives() const { return SplineTails(tails) == SplineTails::linear ? bins - 1 : bins; }
   // Parameters of one channel.
   int64_t per_channel() const { return bins ? 2 * bins + derivatives() : scale ? 2 : 1; }
 };
 
-constexpr size_t options_of_step = 16, numbers_of_step = 11;
+constexpr size_t options_of_step = 17, numbers_of_step = 11;
 
 // The arguments, checked, and what keeps their memory alive.
 struct Call {
@@ -94,29 +95,10 @@ struct Call {
     size_t weight = 0, index = 0, log_scale = 0, shift = 0;
     for (size_t i = 0; i < count; ++i) {
       const int64_t* o = a.options.data() + options_of_step * i;
-      Step s{o[0],
-             o[1],
-             o[2],
-             o[3],
-             o[4],
-             o[5],
-             o[6],
-             bool(o[7]),
-             bool(o[8]),
-             o[9],
-             bool(o[10]),
-             o[11],
-             bool(o[12]),
-             o[13],
-             o[14],
-             o[15],
-             a.numbers.data() + numbers_of_step * i,
-             weight,
-             index,
-             log_scale,
-             shift,
-             0,
-             0};
+      Step s{o[0],        o[1],       o[2],       o[3],  o[4],        o[5],
+             o[6],        bool(o[7]), bool(o[8]), o[9],  bool(o[10]), o[11],
+             bool(o[12]), o[13],      o[14],      o[15], o[16],       a.numbers.data() + numbers_of_step * i,
+             weight,      index,      log_scale,  shift, 0,           0};
       STD_TORCH_CHECK(0 <= s.layers && s.layers <= mlp_max_layers && weight + size_t(s.layers) <= a.weights.size(), op,
                       ": takes up to ", mlp_max_layers, " layers a step, and the weights of all");
       weight += size_t(s.layers), index += s.permuted, log_scale += s.scaled != 0, shift += s.shifted;
@@ -154,13 +136,22 @@ struct Call {
     const auto dtype = a.x.scalar_type();
     int64_t in = a.weights[s.weight].dim() == 2 ? a.weights[s.weight].size(1) : 0;
     s.conditioning = in - context_size;
-    for (size_t i = s.weight; i < s.weight + size_t(s.layers); ++i) {
+    STD_TORCH_CHECK(s.blocks >= 0 && (!s.blocks || s.layers == 2 + 2 * s.blocks || (s.gated() && context_size)), op,
+                    ": ", s.blocks, " residual blocks have two layers each, or three with a context, got ", s.layers,
+                    " in all");
+    for (int64_t l = 0; l < s.layers; ++l) {
+      const size_t i = s.weight + size_t(l);
       Tensor &weight = a.weights[i], &bias = a.biases[i];
+      const bool gate = s.gated() && l && l % 3 == 0, square = s.blocks && l && l + 1 < s.layers;
+      if (gate) in = context_size;
       STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == in && weight.size(0) > 0 && weight.scalar_type() == dtype,
                       op, ": weight ", i, " has shape ", shape_of(weight), ", expected (out, ", in, ") of x's dtype");
+      const int64_t hidden = a.weights[s.weight].size(0);
+      STD_TORCH_CHECK(!square || weight.size(0) == hidden, op, ": weight ", i, " has shape ", shape_of(weight),
+                      ", expected (", hidden, ", ", in, ") in a residual block");
       work += weight.numel();
       in = weight.size(0);
-      saved += x.count * in;
+      saved += x.count * (gate ? 2 * in : in);
       STD_TORCH_CHECK(bias.numel() == 0 || (bias.dim() == 1 && bias.size(0) == in && bias.scalar_type() == dtype), op,
                       ": bias ", i, " has shape ", shape_of(bias), ", expected (", in, ",) of x's dtype");
       weight = dense(weight), bias = dense(bias);
@@ -230,14 +221,12 @@ struct Call {
       o.layers = s.layers;
       o.saved = kept;
       if (s.layers) {
-        o.size[0] = a.weights[s.weight].size(1);
         for (int64_t l = 0; l < s.layers; ++l) {
           const Tensor &weight = a.weights[s.weight + size_t(l)], &bias = a.biases[s.weight + size_t(l)];
-          o.size[l + 1] = weight.size(0);
+          o.in[l] = weight.size(1), o.out[l] = weight.size(0);
           o.weight[l] = data<T>(weight), o.bias[l] = bias.numel() ? data<T>(bias) : nullptr;
-          if (kept) kept += x.count * weight.size(0);
         }
-        o.activation = Activation(s.activation);
+        o.activation = Activation(s.activation), o.blocks = s.blocks, o.gated = s.gated();
         o.same_start = s.same_start, o.same_step = s.same_step, o.same_count = s.conditioning;
         o.mask = a.masks[i].numel() ? static_cast<const uint8_t*>(a.masks[i].data_ptr()) : nullptr;
         o.context_size = context_size;
@@ -274,6 +263,7 @@ struct Call {
           o.parameter_stride = per;
         }
         o.context = context ? data<T>(context->x) : nullptr, o.context_stride = context ? context->stride : 0;
+        for (int64_t l = 0; kept && l < s.layers; ++l) kept += x.count * o.saved_columns(l);
       }
       o.x = i ? states : data<T>(x.x), o.x_stride = i ? channels : x.stride;
       if (i && saved_values) states += x.count * channels;

@@ -15,18 +15,21 @@ template <class T> constexpr int64_t padded(int64_t columns) { return gemm_panel
 
 // Rows of a block of the backward pass: its gradients and the weights' sums are to fit the second-level cache together.
 constexpr int64_t group_rows = 256;
+template <class T> int64_t widest(const MlpCoupling<T>& o) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < o.layers; ++i) size = std::max({size, o.in[i], o.out[i]});
+  return size;
+}
 template <class T> int64_t backward_rows(const MlpCoupling<T>& o) {
-  int64_t widest = 0;
-  for (int64_t i = 0; i <= o.layers; ++i) widest = std::max(widest, o.size[i]);
   int64_t rows = group_rows;
-  while (rows > 64 && rows * widest * int64_t(sizeof(T)) > 192 << 10) rows /= 2;
+  while (rows > 64 && rows * widest(o) * int64_t(sizeof(T)) > 192 << 10) rows /= 2;
   return rows;
 }
 
 template <class T> int64_t panels_size(const MlpCoupling<T>& o, bool transposed) {
   int64_t size = 0;
   for (int64_t i = 0; i < o.layers; ++i)
-    size += transposed ? padded<T>(o.size[i]) * o.size[i + 1] : padded<T>(o.size[i + 1]) * o.size[i];
+    size += transposed ? padded<T>(o.in[i]) * o.out[i] : padded<T>(o.out[i]) * o.in[i];
   return size;
 }
 
@@ -34,7 +37,7 @@ template <class T> int64_t panels_size(const MlpCoupling<T>& o, bool transposed)
 template <class T> void pack_weights(const MlpCoupling<T>& o, bool transposed, T* panels, const T** packed) {
   constexpr int64_t width = tile_columns<T>;
   for (int64_t i = 0; i < o.layers; ++i) {
-    const int64_t in = o.size[i], out = o.size[i + 1], columns = transposed ? in : out, depth = transposed ? out : in;
+    const int64_t in = o.in[i], out = o.out[i], columns = transposed ? in : out, depth = transposed ? out : in;
     packed[i] = panels;
     for (int64_t n = 0; n < columns; n += width, panels += depth * width)
       gemm_pack<T>(int(std::min(width, columns - n)), depth, o.weight[i] + (transposed ? n : n * in),
@@ -95,6 +98,21 @@ template <Activation kind, class T> struct StoreHiddenGradient {
   }
 };
 
+// after[rows][stride] = before + (C + bias) * factor; C + bias goes to kept. Null: no factor, not kept. after may be
+// before.
+template <class T> struct StoreResidual {
+  const T *bias, *before, *factor;
+  T *kept, *after;
+  int64_t stride;
+  PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
+    const int64_t at = m * stride + n;
+    if (bias) v += load_first<T>(bias + n, count);
+    if (kept) store_first<T>(kept + at, v, count);
+    if (factor) v *= load_first<T>(factor + at, count);
+    store_first<T>(after + at, load_first<T>(before + at, count) + v, count);
+  }
+};
+
 // A block of rows, as a step takes them.
 template <class T> struct Block {
   int64_t first, rows;
@@ -124,9 +142,9 @@ template <class T> Block<T> prepare(const MlpCoupling<T>& o, int64_t first, int6
   return {first, rows, space, o.channels};
 }
 
-// The conditioner's input, [rows][size[0]].
+// The conditioner's input, [rows][in[0]].
 template <class T> void gather(const MlpCoupling<T>& o, const Block<T>& block, T* input) {
-  for (int64_t r = 0; r < block.rows; ++r, input += o.size[0]) {
+  for (int64_t r = 0; r < block.rows; ++r, input += o.in[0]) {
     const T* x = block.x + r * block.stride + o.same_start;
     if (o.mask)
       for (int64_t k = 0; k < o.same_count; ++k) input[k] = o.mask[k] ? T(0) : x[k];
@@ -139,7 +157,7 @@ template <class T> void gather(const MlpCoupling<T>& o, const Block<T>& block, T
 }
 
 template <class T> Strides parameter_strides(const MlpCoupling<T>& o) {
-  return {o.size[o.layers], o.parameter_stride, 0};
+  return {o.parameters(), o.parameter_stride, 0};
 }
 
 template <class Options> Options of_rows(Options options, int64_t rows) {
@@ -179,7 +197,7 @@ template <class T> void transform(const MlpCoupling<T>& o, const Block<T>& block
         0, block.rows, nullptr);
 }
 
-// dx[rows][channels] and dparameters[rows][size[layers]]
+// dx[rows][channels] and dparameters[rows][parameters]
 template <class T> void transform_backward(const MlpCouplingBackward<T>& b, const Block<T>& block, const T* parameters,
                                            T* dx, T* dparameters) {
   const MlpCoupling<T>& o = b.forward;
@@ -217,9 +235,6 @@ template <class T> void transform_backward(const MlpCouplingBackward<T>& b, cons
          offset ? dparameters + offset : nullptr, by_parameter},
         0, block.rows, false);
 }
-
-// Whether phi' is taken at phi's argument.
-PYFLOWGEN_INLINE bool keeps_argument(Activation activation) { return activation == Activation::silu; }
 
 // The gradient of a weight, or its transpose when that pads fewer columns.
 template <class T> PYFLOWGEN_INLINE bool sums_transposed(int64_t in, int64_t out) {
@@ -290,10 +305,12 @@ template <class T> void add_rows(bool add, int64_t rows, int64_t columns, const 
   }
 }
 
-// dx[rows][channels] += and dcontext (+)= the gradient of the conditioner's input.
-template <class T> void scatter(const MlpCouplingBackward<T>& b, const Block<T>& block, const T* dinput, T* dx_rows) {
+// dx[rows][channels] += and dcontext (+)= the gradient of the conditioner's input; of_gates, [rows][context_size] or
+// null, is dcontext's too.
+template <class T>
+void scatter(const MlpCouplingBackward<T>& b, const Block<T>& block, const T* dinput, const T* of_gates, T* dx_rows) {
   const MlpCoupling<T>& o = b.forward;
-  for (int64_t r = 0; r < block.rows; ++r, dinput += o.size[0]) {
+  for (int64_t r = 0; r < block.rows; ++r, dinput += o.in[0]) {
     T* dx = dx_rows + r * o.channels + o.same_start;
     if (o.mask)
       for (int64_t k = 0; k < o.same_count; ++k) dx[k] += o.mask[k] ? T(0) : dinput[k];
@@ -306,6 +323,8 @@ template <class T> void scatter(const MlpCouplingBackward<T>& b, const Block<T>&
     if (b.add_dcontext)
       for (int64_t k = 0; k < o.context_size; ++k) dcontext[k] += dinput[o.same_count + k];
     else std::copy_n(dinput + o.same_count, o.context_size, dcontext);
+    if (of_gates)
+      for (int64_t k = 0; k < o.context_size; ++k) dcontext[k] += of_gates[r * o.context_size + k];
   }
 }
 
@@ -354,45 +373,216 @@ template <class T> void prepare_backward(const MlpCouplingBackward<T>& b, int64_
   }
 }
 
-template <class T> int64_t widest(const MlpCoupling<T>& o) {
-  return o.layers ? *std::max_element(o.size, o.size + o.layers + 1) : 0;
+// Where a product's saved columns begin for the rows from `first` on.
+template <class T> T* saved_of(const MlpCoupling<T>& o, int64_t layer, int64_t first) {
+  if (!o.saved) return nullptr;
+  int64_t columns = 0;
+  for (int64_t i = 0; i < layer; ++i) columns += o.saved_columns(i);
+  return o.saved + o.rows * columns + first * o.out[layer];
+}
+// What the network's state h is before block i, or after the last.
+template <class T> T* saved_state(const MlpCoupling<T>& o, int64_t i, int64_t first) {
+  if (!o.saved || i == 0) return saved_of(o, 0, first);
+  return o.gated ? saved_of(o, o.block(i) - 1, first) + o.rows * o.out[0] : saved_of(o, o.block(i) - 1, first);
+}
+
+// Spaces of [rows][widest] elements that the conditioner is given; the first has its input.
+constexpr int64_t perceptron_spaces = 3, residual_spaces = 5;
+template <class T> int64_t spaces(const MlpCoupling<T>& o) { return o.blocks ? residual_spaces : perceptron_spaces; }
+
+// The parameters, from the input in space[0]. `packed`: the weights.
+template <class T>
+const T* perceptron(const MlpCoupling<T>& o, const Block<T>& block, const T* const* packed, T* const* space) {
+  const T* a = space[0];
+  for (int64_t i = 0; i < o.layers; ++i) {
+    const int64_t in = o.in[i], out = o.out[i];
+    T* const kept = saved_of(o, i, block.first);
+    const bool argument = keeps_argument(o.activation) && i + 1 < o.layers;
+    T* const result = kept && !argument ? kept : space[1 + i % 2];
+    if (i + 1 == o.layers) product<T>(block.rows, out, in, a, in, packed[i], StoreRows<T>{result, out, o.bias[i]});
+    else
+      for_kind(o.activation, [&]<Activation kind>() {
+        product<T>(block.rows, out, in, a, in, packed[i],
+                   StoreHidden<kind, T>{o.bias[i], result, argument ? kept : nullptr, out});
+      });
+    a = result;
+  }
+  return a;
+}
+
+// to[count] = phi(z)
+template <class T> void activate_all(Activation activation, int64_t count, const T* z, T* to) {
+  for_kind(activation, [&]<Activation kind>() {
+    for (int64_t e = 0; e < count; e += lanes<T>) {
+      const int n = int(std::min<int64_t>(lanes<T>, count - e));
+      store_first<T>(to + e, activate<kind>(load_first<T>(z + e, n)), n);
+    }
+  });
+}
+
+// Likewise with residual blocks.
+template <class T>
+const T* residual_network(const MlpCoupling<T>& o, const Block<T>& block, const T* const* packed, T* const* space) {
+  const int64_t rows = block.rows, hidden = o.out[0], first = block.first;
+  const bool keep = o.saved, argument = keeps_argument(o.activation);
+  T* const activated = space[1];
+  T* h = keep ? saved_state(o, 0, first) : space[3];
+  product<T>(rows, hidden, o.in[0], space[0], o.in[0], packed[0], StoreRows<T>{h, hidden, o.bias[0]});
+  for (int64_t i = 0; i < o.blocks; ++i) {
+    const int64_t at = o.block(i);
+    activate_all(o.activation, rows * hidden, h, activated);
+    T* const kept = saved_of(o, at, first);
+    T* const inner = keep && !argument ? kept : space[2];
+    for_kind(o.activation, [&]<Activation kind>() {
+      product<T>(rows, hidden, hidden, activated, hidden, packed[at],
+                 StoreHidden<kind, T>{o.bias[at], inner, argument ? kept : nullptr, hidden});
+    });
+    T* factor = nullptr;
+    if (o.gated) {
+      factor = keep ? saved_of(o, at + 2, first) : space[4];
+      product<T>(rows, hidden, o.context_size, o.context + first * o.context_stride, o.context_stride, packed[at + 2],
+                 StoreHidden<Activation::sigmoid, T>{o.bias[at + 2], factor, nullptr, hidden});
+    }
+    T* const next = keep ? saved_state(o, i + 1, first) : h;
+    product<T>(
+        rows, hidden, hidden, inner, hidden, packed[at + 1],
+        StoreResidual<T>{o.bias[at + 1], h, factor, o.gated ? saved_of(o, at + 1, first) : nullptr, next, hidden});
+    h = next;
+  }
+  const int64_t last = o.layers - 1;
+  T* const result = keep ? saved_of(o, last, first) : space[2];
+  product<T>(rows, o.out[last], hidden, h, hidden, packed[last], StoreRows<T>{result, o.out[last], o.bias[last]});
+  return result;
+}
+
+// The sums of the parameters' gradients, filled from the last product's to the first's.
+template <class T> struct Sums {
+  const MlpCoupling<T>& o;
+  bool wanted, add;
+  T *at, *buffer;
+  // The product of a[rows][a_stride] whose result has the gradient dz[rows][out].
+  void take(int64_t layer, int64_t rows, const T* a, int64_t a_stride, const T* dz) {
+    if (!wanted) return;
+    const int64_t in = o.in[layer], out = o.out[layer];
+    if (sums_transposed<T>(in, out)) add_outer<T>(add, rows, in, out, a, a_stride, dz, out, at, buffer);
+    else add_outer<T>(add, rows, out, in, dz, out, a, a_stride, at, buffer);
+    at += weight_sums<T>(in, out);
+    add_rows<T>(add, rows, out, dz, at);
+    at += in_packs<T>(out);
+  }
+};
+
+// From the gradient of the parameters in space[1] to those of all weights and of the input, which dx is added.
+template <class T> void perceptron_backward(const MlpCouplingBackward<T>& b, const Block<T>& block,
+                                            const T* const* packed, T* const* space, T* dx, Sums<T>& sums) {
+  const MlpCoupling<T>& o = b.forward;
+  T* const input = space[0];
+  T *dz = space[1], *next = space[2];
+  for (int64_t i = o.layers - 1; i >= 0; --i) {
+    const int64_t in = o.in[i], out = o.out[i];
+    const T* const kept = i ? saved_of(o, i - 1, block.first) : nullptr;
+    if (b.need_parameters) {
+      const T* a = kept && !keeps_argument(o.activation) ? kept : input;
+      if (!kept) gather(o, block, input);
+      else if (a == input) activate_all(o.activation, block.rows * in, kept, input);
+      sums.take(i, block.rows, a, in, dz);
+    }
+    if (i) {
+      for_kind(o.activation, [&]<Activation kind>() {
+        product<T>(block.rows, in, out, dz, out, packed[i], StoreHiddenGradient<kind, T>{kept, next, in});
+      });
+      std::swap(dz, next);
+    } else if (b.need_input) {
+      product<T>(block.rows, in, out, dz, out, packed[i], StoreRows<T>{next, in, nullptr});
+      scatter<T>(b, block, next, nullptr, dx);
+    }
+  }
+}
+
+// to[count] += from
+template <class T> void add_all(int64_t count, const T* from, T* to) {
+  for (int64_t e = 0; e < count; e += lanes<T>) {
+    const int n = int(std::min<int64_t>(lanes<T>, count - e));
+    store_first<T>(to + e, load_first<T>(to + e, n) + load_first<T>(from + e, n), n);
+  }
+}
+
+// Likewise with residual blocks; of_gates[2][rows][context_size] is scratch.
+template <class T> void residual_network_backward(const MlpCouplingBackward<T>& b, const Block<T>& block,
+                                                  const T* const* packed, T* const* space, T* of_gates, T* dx,
+                                                  Sums<T>& sums) {
+  const MlpCoupling<T>& o = b.forward;
+  const int64_t rows = block.rows, hidden = o.out[0], first = block.first, last = o.layers - 1;
+  const bool argument = keeps_argument(o.activation), gates = o.gated && b.dcontext;
+  T *const a = space[0], *const dz = space[1], *const dh = space[2];
+  sums.take(last, rows, saved_state(o, o.blocks, first), hidden, dz);
+  product<T>(rows, hidden, o.out[last], dz, o.out[last], packed[last], StoreRows<T>{dh, hidden, nullptr});
+  for (int64_t i = o.blocks - 1; i >= 0; --i) {
+    const int64_t at = o.block(i);
+    const T* dadded = dh;  // of what is added to h
+    if (o.gated) {
+      const T *const m = saved_of(o, at + 1, first), *const factor = saved_of(o, at + 2, first);
+      for (int64_t e = 0; e < rows * hidden; e += lanes<T>) {
+        const int n = int(std::min<int64_t>(lanes<T>, rows * hidden - e));
+        const Pack<T> d = load_first<T>(dh + e, n), g = load_first<T>(factor + e, n);
+        store_first<T>(space[3] + e, d * g, n);
+        store_first<T>(space[4] + e, activate_backward<Activation::sigmoid>(d * load_first<T>(m + e, n), g), n);
+      }
+      dadded = space[3];
+      sums.take(at + 2, rows, o.context + first * o.context_stride, o.context_stride, space[4]);
+      if (gates) {
+        T* const more = i + 1 < o.blocks ? of_gates + rows * o.context_size : of_gates;
+        product<T>(rows, o.context_size, hidden, space[4], hidden, packed[at + 2],
+                   StoreRows<T>{more, o.context_size, nullptr});
+        if (more != of_gates) add_all(rows * o.context_size, more, of_gates);
+      }
+    }
+    const T* const inner = saved_of(o, at, first);
+    if (argument && b.need_parameters) activate_all(o.activation, rows * hidden, inner, a);
+    sums.take(at + 1, rows, argument ? a : inner, hidden, dadded);
+    for_kind(o.activation, [&]<Activation kind>() {
+      product<T>(rows, hidden, hidden, dadded, hidden, packed[at + 1], StoreHiddenGradient<kind, T>{inner, dz, hidden});
+    });
+    const T* const h = saved_state(o, i, first);
+    activate_all(o.activation, rows * hidden, h, a);
+    sums.take(at, rows, a, hidden, dz);
+    for_kind(o.activation, [&]<Activation kind>() {
+      product<T>(rows, hidden, hidden, dz, hidden, packed[at],
+                 StoreHiddenGradient<kind, T>{argument ? h : a, a, hidden});
+    });
+    add_all(rows * hidden, a, dh);
+  }
+  if (b.need_parameters) {
+    gather(o, block, a);
+    sums.take(0, rows, a, o.in[0], dh);
+  }
+  if (b.need_input) {
+    product<T>(rows, o.in[0], hidden, dh, hidden, packed[0], StoreRows<T>{dz, o.in[0], nullptr});
+    scatter<T>(b, block, dz, gates ? of_gates : nullptr, dx);
+  }
 }
 
 }  // namespace
 
 template <class T> int64_t mlp_coupling_workspace(const MlpCoupling<T>& o) {
-  return panels_size(o, false) + mlp_block_rows * (3 * widest(o) + o.channels + 1);
+  return panels_size(o, false) + mlp_block_rows * (spaces(o) * widest(o) + o.channels + 1);
 }
 
 template <class T> void mlp_coupling(const MlpCoupling<T>& o, int64_t begin, int64_t end, T* workspace) {
   const T* packed[mlp_max_layers];
   pack_weights(o, false, workspace, packed);
-  T* const input = workspace + panels_size(o, false);
-  T* const scratch[] = {input + mlp_block_rows * widest(o), input + 2 * mlp_block_rows * widest(o)};
-  T* const prepared = input + 3 * mlp_block_rows * widest(o);
+  T* const spaces_of = workspace + panels_size(o, false);
+  T* space[residual_spaces];
+  for (int64_t i = 0; i < spaces(o); ++i) space[i] = spaces_of + i * mlp_block_rows * widest(o);
+  T* const prepared = spaces_of + spaces(o) * mlp_block_rows * widest(o);
   T* const logdets = prepared + mlp_block_rows * o.channels;
   for (int64_t b = begin; b < end; ++b) {
     const int64_t first = b * mlp_block_rows, rows = std::min(mlp_block_rows, o.rows - first);
     const Block<T> block = prepare(o, first, rows, prepared);
     if (o.layers) {
-      gather(o, block, input);
-      const T* a = input;
-      T* saved = o.saved;
-      for (int64_t i = 0; i < o.layers; ++i) {
-        const int64_t in = o.size[i], out = o.size[i + 1];
-        T* const kept = saved ? saved + first * out : nullptr;
-        if (saved) saved += o.rows * out;
-        const bool argument = keeps_argument(o.activation) && i + 1 < o.layers;
-        T* const result = kept && !argument ? kept : scratch[i % 2];
-        if (i + 1 == o.layers) product<T>(rows, out, in, a, in, packed[i], StoreRows<T>{result, out, o.bias[i]});
-        else
-          for_kind(o.activation, [&]<Activation kind>() {
-            product<T>(rows, out, in, a, in, packed[i],
-                       StoreHidden<kind, T>{o.bias[i], result, argument ? kept : nullptr, out});
-          });
-        a = result;
-      }
-      transform(o, block, a, logdets);
+      gather(o, block, space[0]);
+      transform(o, block, o.blocks ? residual_network(o, block, packed, space) : perceptron(o, block, packed, space),
+                logdets);
     } else {
       std::fill_n(logdets, rows, T(0));
       for (int64_t r = 0; r < rows; ++r)
@@ -405,12 +595,13 @@ template <class T> void mlp_coupling(const MlpCoupling<T>& o, int64_t begin, int
 
 template <class T> int64_t mlp_coupling_sums(const MlpCoupling<T>& o) {
   int64_t size = prepare_sums(o);
-  for (int64_t i = 0; i < o.layers; ++i) size += weight_sums<T>(o.size[i], o.size[i + 1]) + in_packs<T>(o.size[i + 1]);
+  for (int64_t i = 0; i < o.layers; ++i) size += weight_sums<T>(o.in[i], o.out[i]) + in_packs<T>(o.out[i]);
   return size;
 }
 
 template <class T> int64_t mlp_coupling_backward_workspace(const MlpCoupling<T>& o) {
-  return panels_size(o, true) + group_rows * tile_columns<T> + backward_rows(o) * (3 * widest(o) + 2 * o.channels);
+  return panels_size(o, true) + group_rows * tile_columns<T> +
+         backward_rows(o) * (spaces(o) * widest(o) + (o.gated ? 2 * o.context_size : 0) + 2 * o.channels);
 }
 
 template <class T>
@@ -419,62 +610,31 @@ void mlp_coupling_backward(const MlpCouplingBackward<T>& b, int64_t begin, int64
   const T* packed[mlp_max_layers];
   pack_weights(o, true, workspace, packed);
   T* const buffer = workspace + panels_size(o, true);
-  T* const input = buffer + group_rows * tile_columns<T>;
+  T* const spaces_of = buffer + group_rows * tile_columns<T>;
   const int64_t most = backward_rows(o), groups = mlp_coupling_groups(o.rows);
-  T* const scratch[] = {input + most * widest(o), input + 2 * most * widest(o)};
-  T* const prepared = input + 3 * most * widest(o);
-  const T* saved_of[mlp_max_layers];
-  for (int64_t i = 0, at = 0; i < o.layers; at += o.rows * o.size[++i]) saved_of[i] = o.saved + at;
+  T* space[residual_spaces];
+  for (int64_t i = 0; i < spaces(o); ++i) space[i] = spaces_of + i * most * widest(o);
+  T* const prepared = spaces_of + spaces(o) * most * widest(o);
+  T* const of_gates = prepared + 2 * most * o.channels;
   for (int64_t group = begin; group < end; ++group) {
     const int64_t from = part_start(o.rows, groups, group), to = part_start(o.rows, groups, group + 1);
     const int64_t blocks = ceil_div(to - from, most);
     for (int64_t k = 0; k < blocks; ++k) {
       const int64_t first = from + part_start(to - from, blocks, k);
       const int64_t rows = from + part_start(to - from, blocks, k + 1) - first;
-      const bool add = k > 0;
       const Block<T> block = prepare(o, first, rows, prepared);
       T* const dx = prepares(o) ? prepared + most * o.channels : b.dx + first * o.channels;
-      T *dz = scratch[0], *next = scratch[1];
-      T* sums = b.sums + group * mlp_coupling_sums(o);
+      Sums<T> sums{o, b.need_parameters, k > 0, b.sums + group * mlp_coupling_sums(o), buffer};
       if (o.layers) {
-        transform_backward(b, block, saved_of[o.layers - 1] + first * o.size[o.layers], dx, dz);
+        transform_backward<T>(b, block, saved_of(o, o.layers - 1, first), dx, space[1]);
+        if (o.blocks) residual_network_backward(b, block, packed, space, of_gates, dx, sums);
+        else perceptron_backward(b, block, packed, space, dx, sums);
       } else {
         for (int64_t r = 0; r < rows; ++r)
           for (int64_t c = 0; c < o.channels; ++c)
             dx[r * o.channels + c] = b.dy[(first + r) * b.dy_strides.batch + c * b.dy_strides.channel];
       }
-      for (int64_t i = o.layers - 1; i >= 0; --i) {
-        const int64_t in = o.size[i], out = o.size[i + 1];
-        const T* const kept = i ? saved_of[i - 1] + first * in : nullptr;
-        if (b.need_parameters) {
-          const T* a = kept ? kept : input;
-          if (!kept) gather(o, block, input);
-          else if (keeps_argument(o.activation)) {
-            for_kind(o.activation, [&]<Activation kind>() {
-              for (int64_t e = 0; e < rows * in; e += lanes<T>) {
-                const int count = int(std::min<int64_t>(lanes<T>, rows * in - e));
-                store_first<T>(input + e, activate<kind>(load_first<T>(kept + e, count)), count);
-              }
-            });
-            a = input;
-          }
-          if (sums_transposed<T>(in, out)) add_outer<T>(add, rows, in, out, a, in, dz, out, sums, buffer);
-          else add_outer<T>(add, rows, out, in, dz, out, a, in, sums, buffer);
-          sums += weight_sums<T>(in, out);
-          add_rows<T>(add, rows, out, dz, sums);
-          sums += in_packs<T>(out);
-        }
-        if (i) {
-          for_kind(o.activation, [&]<Activation kind>() {
-            product<T>(rows, in, out, dz, out, packed[i], StoreHiddenGradient<kind, T>{kept, next, in});
-          });
-          std::swap(dz, next);
-        } else if (b.need_input) {
-          product<T>(rows, in, out, dz, out, packed[i], StoreRows<T>{next, in, nullptr});
-          scatter(b, block, next, dx);
-        }
-      }
-      if (prepares(o)) prepare_backward(b, first, rows, dx, prepared, add, sums);
+      if (prepares(o)) prepare_backward(b, first, rows, dx, prepared, sums.add, sums.at);
     }
   }
 }
@@ -489,7 +649,7 @@ template <class T> void mlp_coupling_reduce(const MlpCouplingBackward<T>& b, int
     return sum;
   };
   for (int64_t i = o.layers - 1; i >= 0; --i) {
-    const int64_t in = o.size[i], out = o.size[i + 1];
+    const int64_t in = o.in[i], out = o.out[i];
     const T* const bias_sums = sums + weight_sums<T>(in, out);
     for (int64_t row = part_start(out, parts, part); row < part_start(out, parts, part + 1); ++row) {
       T* dweight = b.dweight[i] + row * in;

@@ -50,12 +50,14 @@ template <class C> struct PackOptions {
         to_exponent(broadcast(C((o.convention == SplineConvention::zuko ? 1 : o.scale) * 1.44269504088896340736))) {}
 };
 
-// Sums of exponentials, each at most 1, without error: a knot is then as exact as its distance from the middle of the
-// interval. In float they are integers, of one unit at least 2^-24; in double what each addition loses is kept.
+// Sums of exponentials without error: a knot is then as exact as its distance from the middle of the interval. In float
+// they are integers, in units that leave room for as many as there are bins; in double what each addition loses is
+// kept.
 template <class C> struct Sum;
 template <> struct Sum<float> {
   u32v sum;
-  PYFLOWGEN_INLINE void add(f32v e, int bins) { sum += (u32v) __builtin_convertvector(e * unit(bins), i32v); }
+  static constexpr int unit(int bins) { return 30 - (32 - __builtin_clz(unsigned(bins - 1))); }
+  PYFLOWGEN_INLINE void add(f32v e) { sum += (u32v) __builtin_convertvector(e, i32v); }
   // This less half the total, with one rounding.
   PYFLOWGEN_INLINE f32v from_middle(const Sum& total) const {
     return __builtin_convertvector((i32v)(sum - (total.sum >> 1)), f32v);
@@ -65,12 +67,11 @@ template <> struct Sum<float> {
   PYFLOWGEN_INLINE f32v rest(f32v value) const {
     return __builtin_convertvector((i32v)sum - __builtin_convertvector(value, i32v), f32v);
   }
-  // An exponential in units of the sum.
-  static PYFLOWGEN_INLINE f32v unit(int bins) { return broadcast(0x1p30f / float(bins)); }
 };
 template <> struct Sum<double> {
   f64v sum, lost;
-  PYFLOWGEN_INLINE void add(f64v e, int) {
+  static constexpr int unit(int) { return 0; }
+  PYFLOWGEN_INLINE void add(f64v e) {
     const f64v next = sum + e, added = next - sum;
     lost += (sum - (next - added)) + (e - added);
     sum = next;
@@ -80,7 +81,6 @@ template <> struct Sum<double> {
   }
   PYFLOWGEN_INLINE f64v value() const { return sum + lost; }
   PYFLOWGEN_INLINE f64v rest(f64v value) const { return (sum - value) + lost; }
-  static PYFLOWGEN_INLINE f64v unit(int) { return broadcast(1.0); }
 };
 
 // Along one axis: exponentials of the parameters and their sums up to each. Knot k lies at
@@ -127,27 +127,36 @@ PYFLOWGEN_INLINE Pack<C> logit(const PackOptions<C>& o, const PackParameters<C>&
   else return v;
 }
 
-template <SplineConvention S, bool height, bool keep, class C>
+template <SplineConvention S, bool height, int K, bool keep, class C>
 PYFLOWGEN_INLINE void softmax(const PackOptions<C>& o, const PackParameters<C>& u, Pack<C> low, Pack<C> high,
                               Axis<C>& axis) {
   using V = Pack<C>;
+  const int n = K ? K : o.bins;
   V largest = logit<S, height>(o, u, 0);
-  for (int k = 1; k < o.bins; ++k) largest = formula::greater(logit<S, height>(o, u, k), largest);
-  const V offset = -largest * o.to_exponent;
+  for (int k = 1; k < n; ++k) largest = formula::greater(logit<S, height>(o, u, k), largest);
   Sum<C> sum{};
-  for (int k = 0; k < o.bins; ++k) {
-    const V e = formula::exp2_of_logit(fma(logit<S, height>(o, u, k), o.to_exponent, offset));
-    if constexpr (keep) store(axis.e + k * lanes<C>, e);
-    sum.add(e, o.bins);
-    axis.sums[k] = sum;
-  }
+  formula::Bits<V> seen{};
+  const auto add = [&]<int count>(int k, std::integral_constant<int, count>) {
+    V e[count];  // exponentials
+    for (int i = 0; i < count; ++i) e[i] = (logit<S, height>(o, u, k + i) - largest) * o.to_exponent;
+    formula::exp2_of_logits(e, Sum<C>::unit(n), seen);
+    for (int i = 0; i < count; ++i) {
+      if constexpr (keep) store(axis.e + (k + i) * lanes<C>, e[i]);
+      sum.add(e[i]);
+      axis.sums[k + i] = sum;
+    }
+  };
+  int k = 0;
+  for (; k + 4 <= n; k += 4) add(k, std::integral_constant<int, 4>());
+  for (; k < n; ++k) add(k, std::integral_constant<int, 1>());
   const V range = high - low;
   axis.low = low, axis.high = high, axis.middle = (low + high) * broadcast(C(0.5));
   axis.least = (height ? o.min_height : o.min_width) * range;
   // range - bins least, and what of it is lost
-  const V bins = broadcast(C(o.bins)), shared = fma(-bins, axis.least, range),
-          lost = fma(-bins, axis.least, range - shared);
+  const V bins = broadcast(C(n)), shared = fma(-bins, axis.least, range), lost = fma(-bins, axis.least, range - shared);
   divide(shared, lost, sum, axis.factor, axis.rest);
+  if constexpr (sizeof(C) == sizeof(float))
+    axis.factor = formula::saw_nan<V>(seen) ? broadcast(formula::not_a_number<C>) : axis.factor;
 }
 
 // The bin of `value` on axis a, and the same on b.
@@ -164,9 +173,11 @@ template <class Mask> PYFLOWGEN_INLINE Sum<double> choose(Mask mask, const Sum<d
   return {mask ? a.sum : b.sum, mask ? a.lost : b.lost};
 }
 
-template <class C> PYFLOWGEN_INLINE Found<Pack<C>> search(Pack<C> value, const PackParameters<C>& u, int bins,
-                                                          const Axis<C>& a, const Axis<C>& b) {
+template <int K, class C> PYFLOWGEN_INLINE Found<Pack<C>> search(Pack<C> value, const PackParameters<C>& u,
+                                                                 int number_of_bins, const Axis<C>& a,
+                                                                 const Axis<C>& b) {
   using V = Pack<C>;
+  const int bins = K ? K : number_of_bins;
   const Sum<C>&total_a = a.sums[bins - 1], &total_b = b.sums[bins - 1];
   const V half = broadcast(C(0.5) * C(bins));
   V number{}, end = a.knot(a.sums[0], broadcast(C(1)) - half, total_a), d = load(u.inner);
@@ -197,13 +208,13 @@ template <class V> struct Located {
   V number, slope0, slope1;  // derivatives of d0 and d1 with respect to their parameters
 };
 
-template <SplineConvention S, bool keep, class C>
+template <SplineConvention S, int K, bool keep, class C>
 PYFLOWGEN_INLINE Located<Pack<C>> locate(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> value,
                                          Axis<C>& widths, Axis<C>& heights) {
-  softmax<S, false, keep>(o, in.u, in.left, in.right, widths);
-  softmax<S, true, keep>(o, in.u, in.bottom, in.top, heights);
+  softmax<S, false, K, keep>(o, in.u, in.left, in.right, widths);
+  softmax<S, true, K, keep>(o, in.u, in.bottom, in.top, heights);
   const auto f =
-      o.inverse ? search(value, in.u, o.bins, heights, widths) : search(value, in.u, o.bins, widths, heights);
+      o.inverse ? search<K>(value, in.u, o.bins, heights, widths) : search<K>(value, in.u, o.bins, widths, heights);
   const auto d0 = formula::knot_derivative<S>(f.d0, o.min_derivative, o.edge, o.inverse_clip),
              d1 = formula::knot_derivative<S>(f.d1, o.min_derivative, o.edge, o.inverse_clip);
   if (o.inverse) return {{f.b0, f.b1, f.a0, f.a1, d0.value, d1.value}, f.bin, d0.derivative, d1.derivative};
@@ -217,11 +228,11 @@ template <class C> PYFLOWGEN_INLINE auto is_inside(const PackOptions<C>& o, cons
 template <class C> struct PackResult { Pack<C> y, l; };
 
 // y and l inside, rubbish elsewhere. Not inlined: once for every convention and element type, whatever the storage.
-template <SplineConvention S, class C>
+template <SplineConvention S, int K, class C>
 __attribute__((noinline)) void forward_pack(const PackOptions<C>& o, const PackInputs<C>& in, PackResult<C>& out) {
   Axis<C> widths, heights;
   const Pack<C> value = is_inside(o, in) ? in.x : o.inverse ? in.bottom : in.left;
-  const auto at = locate<S, false>(o, in, value, widths, heights);
+  const auto at = locate<S, K, false>(o, in, value, widths, heights);
   const auto [y, l] = formula::rational_quadratic(value, at.bin, o.inverse);
   out = {y, l};
 }
@@ -243,19 +254,19 @@ template <class C> struct AxisGradient {
     const Pack<C> share = broadcast(C(1)) / (rest * (axis.high - axis.low));
     const Pack<C> p_before = (offset - number * axis.least) * share, p_at = (length - axis.least) * share;
     const Pack<C> mean = fma(shift, p_before, size * p_at);
-    const Pack<C> factor = o.scale * axis.factor * Sum<C>::unit(o.bins);
+    const Pack<C> factor = o.scale * axis.factor;
     before = (shift - mean) * factor, at = (size - mean) * factor, beyond = -mean * factor;
   }
 };
 
-template <SplineConvention S, class C>
+template <SplineConvention S, int K, class C>
 __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> dy,
                                              Pack<C> dlogdet, PackGradients<C>& out, Pack<C>& dx) {
   using V = Pack<C>;
   Axis<C> widths, heights;
   const auto inside = is_inside(o, in);
   const V zero{}, value = inside ? in.x : o.inverse ? in.bottom : in.left;
-  const auto at = locate<S, true>(o, in, value, widths, heights);
+  const auto at = locate<S, K, true>(o, in, value, widths, heights);
   const auto g =
       formula::rational_quadratic_backward(inside ? dy : zero, inside ? dlogdet : zero, value, at.bin, o.inverse);
   dx = g.input;
@@ -267,7 +278,8 @@ __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const Pack
   V number{};
   auto reached = number == number;  // whether bin k is not beyond
   V previous = zero;                // of knot k, from the bin before
-  for (int k = 0; k < o.bins; ++k) {
+  const int n = K ? K : o.bins;
+  for (int k = 0; k < n; ++k) {
     const auto next = at.number > number;
     V dw = widths.exponential(k) * (next ? w.before : reached ? w.at : w.beyond);
     V dh = heights.exponential(k) * (next ? h.before : reached ? h.at : h.beyond);
@@ -386,11 +398,12 @@ template <SplineConvention S, class T, class A> void forward_elements(const Rati
   const Loader<T, RationalQuadraticSplineForward<T, A>> loader(a);
   const Strides x_strides = part(a.x_strides, o.step), y_strides = part(a.y_strides, o.step);
   const C outside = o.tails == SplineTails::none ? formula::not_a_number<C> : C(0);
-  C buffer[max_parameters * n], edges[n];
+  alignas(64) C buffer[max_parameters * n], edges[n];
   each_group<n>(o.count, o.inner, first, last, [&](const Group<n>& g, int64_t e) {
     const PackInputs<C> in = loader.inputs(g, x_strides, buffer, edges);
     PackResult<C> r;
-    forward_pack<S>(options, in, r);
+    if (S == SplineConvention::nflows && o.bins == 8) forward_pack<S, 8>(options, in, r);
+    else forward_pack<S, 0>(options, in, r);
     const auto inside = is_inside(options, in);
     Pack<C> y = inside ? r.y : o.tails == SplineTails::none ? broadcast(outside) : in.x;
     Pack<C> l = inside ? r.l : broadcast(outside);
@@ -476,7 +489,7 @@ template <SplineConvention S, class T, class A> void backward_elements(const Rat
   const bool one_out = packed(a.dwidths, a.dheights, a.dderivatives, bins);
   const Strides x_strides = part(a.x_strides, o.step), dy_strides = part(a.dy_strides, o.step),
                 dx_strides = part(a.dx_strides, o.step), dlogdet_strides{a.dlogdet_stride, 0, 0};
-  C buffer[max_parameters * n], edges[n];
+  alignas(64) C buffer[max_parameters * n], edges[n];
   T rest[max_parameters];  // gradients of the lanes beyond a group's end
   const bool large =
       one_out && a.dwidths.parameter == 1 && o.batch * o.count * o.inner * columns * int64_t(sizeof(T)) >= past_cache;
@@ -500,7 +513,8 @@ template <SplineConvention S, class T, class A> void backward_elements(const Rat
     C* const d = to + 2 * bins * stride;
     PackGradients<C> out{to, to + bins * stride, o.tails == SplineTails::linear ? d : d + stride, stride, {}};
     Pack<C> dx;
-    backward_pack<S>(options, in, used_dy, dlogdet, out, dx);
+    if (S == SplineConvention::nflows && o.bins == 8) backward_pack<S, 8>(options, in, used_dy, dlogdet, out, dx);
+    else backward_pack<S, 0>(options, in, used_dy, dlogdet, out, dx);
     const bool none = o.tails == SplineTails::none;
     dx = inside ? dx : none ? Pack<C>{} : dy;
     if (a.mask && none) dx = load_mask<C>(a.mask, a.mask_strides, g) ? dx : dy;

@@ -40,14 +40,15 @@ struct Arguments {
 
 inline Optional dense(const Optional& t) { return t ? Optional(pyflowgen::dense(*t)) : t; }
 
-template <class Cell>
-void check_weights(const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh) {
+template <class Cell> void check_weights(const Tensor& weight_ih, const Tensor& weight_hh, const Optional& bias_ih,
+                                         const Optional& bias_hh, bool any_dtype = false) {
   STD_TORCH_CHECK(weight_hh.dim() == 2 && weight_hh.size(0) == Cell::gates * weight_hh.size(1), Cell::name,
                   ": weight_hh must be (", Cell::gates, " * hidden, hidden), got ", shape_of(weight_hh));
   STD_TORCH_CHECK(weight_ih.dim() == 2 && weight_ih.size(0) == weight_hh.size(0), Cell::name, ": weight_ih must be (",
                   weight_hh.size(0), ", in) beside weight_hh ", shape_of(weight_hh), ", got ", shape_of(weight_ih));
-  STD_TORCH_CHECK(weight_hh.scalar_type() == ScalarType::Float || weight_hh.scalar_type() == ScalarType::Double,
-                  Cell::name, ": the kernel takes float32 and float64");
+  STD_TORCH_CHECK(
+      any_dtype || weight_hh.scalar_type() == ScalarType::Float || weight_hh.scalar_type() == ScalarType::Double,
+      Cell::name, ": the kernel takes float32 and float64");
   for (const Optional* bias : {&bias_ih, &bias_hh})
     STD_TORCH_CHECK(!*bias || ((*bias)->dim() == 1 && (*bias)->size(0) == weight_hh.size(0) &&
                                (*bias)->scalar_type() == weight_hh.scalar_type()),
@@ -58,8 +59,8 @@ void check_weights(const Tensor& weight_ih, const Tensor& weight_hh, const Optio
 
 template <class Cell> Arguments check(const Tensor& x, const Tensor& h, const Optional& c, const Tensor& weight_ih,
                                       const Tensor& weight_hh, const Optional& bias_ih, const Optional& bias_hh,
-                                      const Optional& batch_sizes, bool reverse) {
-  check_weights<Cell>(weight_ih, weight_hh, bias_ih, bias_hh);
+                                      const Optional& batch_sizes, bool reverse, bool any_dtype = false) {
+  check_weights<Cell>(weight_ih, weight_hh, bias_ih, bias_hh, any_dtype);
   const int64_t hidden = weight_hh.size(1), in = weight_ih.size(1);
   STD_TORCH_CHECK(
       h.dim() == 2 && h.size(1) == hidden && (!c || (c->dim() == 2 && c->size(0) == h.size(0) && c->size(1) == hidden)),
@@ -339,21 +340,27 @@ template <class Cell, class T> Gradients backward_as(const Arguments& a, const O
   return g;
 }
 
+// What the forward pass kept, and the gradients that come in.
+template <class Cell> void check_kept(const Arguments& a, const Optional& dy, const Optional& dh_n,
+                                      const Optional& dc_n, const Tensor& y, const Tensor& gates, const Tensor& extra) {
+  const int64_t hidden = a.shape.hidden;
+  for (const Optional* d : {&dh_n, &dc_n})
+    STD_TORCH_CHECK(!*d || ((*d)->numel() == a.h.numel() && (*d)->scalar_type() == a.x.scalar_type()), Cell::name,
+                    "_backward: gradients of the last state must have its shape ", shape_of(a.h));
+  const Optional kept[] = {dy, y, extra, gates};
+  for (const Optional& t : kept)
+    STD_TORCH_CHECK(!t || (t->numel() == a.rows * hidden * (&t == kept + 3 ? Cell::gates : 1) &&
+                           t->scalar_type() == a.x.scalar_type()),
+                    Cell::name, "_backward: dy, y, gates and what else was kept must be those of ", a.rows, " rows");
+}
+
 template <class Cell> Gradients backward(const Optional& dy, const Optional& dh_n, const Optional& dc_n,
                                          const Tensor& x, const Tensor& h, const Optional& c, const Tensor& weight_ih,
                                          const Tensor& weight_hh, const Optional& batch_sizes, bool reverse,
                                          const Tensor& y, const Tensor& gates, const Tensor& extra, bool need_dx,
                                          bool need_dweight) {
   const Arguments a = check<Cell>(x, h, c, weight_ih, weight_hh, std::nullopt, std::nullopt, batch_sizes, reverse);
-  const int64_t hidden = a.shape.hidden;
-  for (const Optional* d : {&dh_n, &dc_n})
-    STD_TORCH_CHECK(!*d || ((*d)->numel() == h.numel() && (*d)->scalar_type() == x.scalar_type()), Cell::name,
-                    "_backward: gradients of the last state must have its shape ", shape_of(h));
-  const Optional kept[] = {dy, y, extra, gates};
-  for (const Optional& t : kept)
-    STD_TORCH_CHECK(!t || (t->numel() == a.rows * hidden * (&t == kept + 3 ? Cell::gates : 1) &&
-                           t->scalar_type() == x.scalar_type()),
-                    Cell::name, "_backward: dy, y, gates and what else was kept must be those of ", a.rows, " rows");
+  check_kept<Cell>(a, dy, dh_n, dc_n, y, gates, extra);
   return with_type(x, [&]<class T>() {
     return backward_as<Cell, T>(a, dense(dy), dense(dh_n), dense(dc_n), pyflowgen::dense(y), pyflowgen::dense(gates),
                                 pyflowgen::dense(extra), need_dx, need_dweight);

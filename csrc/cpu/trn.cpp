@@ -13,69 +13,11 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/dense.h"
+#include "cpu/packed.h"
 #include "cpu/recurrence_call.h"
-#include "cpu/team.h"
 
 namespace pyflowgen {
 namespace {
-
-// One of the threads that go through a clip together: each takes its part of a product's panels and of the rows that
-// lie between products, and they meet where one needs what another has made.
-struct Member {
-  int64_t place, size;
-  Team* team;
-  void meet() const {
-    if (team) team->meet();
-  }
-  int64_t begin(int64_t all) const { return all * place / size; }
-  int64_t end(int64_t all) const { return all * (place + 1) / size; }
-};
-
-// As many threads as so many multiply-adds between two meetings are worth.
-int64_t team_size(int64_t work) {
-  constexpr int64_t least = 1 << 17;
-  return std::clamp<int64_t>(work / least, 1, torch::stable::get_num_threads());
-}
-
-// f(member) in so many threads.
-template <class F> void in_team(int64_t threads, const F& f) {
-  if (threads == 1) return f(Member{0, 1, nullptr});
-  Team team(threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const int64_t place = team.join(end - begin);
-    if (place >= 0) f(Member{place, team.size(), &team});
-  });
-}
-
-// A matrix packed by linear_pack; y = activation(x matrix^T + bias).
-template <class T> struct Packed {
-  int64_t out_features, in;
-  const T* panels;
-  const T* bias;
-  // A member's part of it. Inputs before `skip` are zero, results before `first` are not asked for.
-  void share(const Member& m, int64_t rows, const T* x, Activation activation, T* y, int64_t skip = 0,
-             int64_t first = 0) const {
-    if (rows == 0) return;
-    const TrnRows<T> o{rows,
-                       in,
-                       out_features,
-                       m.size,
-                       skip,
-                       first / PYFLOWGEN_CALL(trn_panel_width<T>),
-                       x,
-                       panels,
-                       bias,
-                       activation == Activation::relu,
-                       y};
-    const int64_t tasks = PYFLOWGEN_CALL(trn_rows_tasks<T>, o);
-    PYFLOWGEN_CALL(trn_rows<T>, o, m.begin(tasks), m.end(tasks));
-  }
-  // All of it, by one thread.
-  void alone(int64_t rows, const T* x, Activation activation, T* y) const {
-    share({0, 1, nullptr}, rows, x, activation, y);
-  }
-};
 
 template <class T>
 Packed<T> packed(const char* name, const Tensor& panels, const Tensor* bias, int64_t out_features, int64_t in) {
@@ -185,7 +127,7 @@ template <class T> Kept forward(const Tensor& given, const Tensor& h, const Tens
         copy_columns(count, H, g + first * H, in + first * 2 * H + H, 2 * H);
         m.meet();
         T* gates = dec_gates[t] + i * B * 4 * H;
-        dec.share(m, B, in, Activation::none, gates, i ? 0 : H);
+        dec.share(m, B, in, Activation::none, gates, 0, i ? 0 : H);
         m.meet();
         cell(gates, nullptr, cells, cells + B * H, g + B * H);
         T* q = scores + ((t * L + i) * B + first) * C;
@@ -375,7 +317,7 @@ template <class T> Gradients backward(const Tensor& dhs, const Tensor& dc_last, 
         cell(data<T>(dec_gates) + (t * L + i) * B * 4 * H, cells + i * B * H, cells + (i + 1) * B * H,
              dstates + i * B * H, dk, dgates);
         m.meet();
-        dec.share(m, B, dgates, Activation::none, both, 0, i ? 0 : H);  // u_0 asks for none
+        dec.share(m, B, dgates, Activation::none, both, 0, 0, i ? 0 : H);  // u_0 asks for none
         m.meet();
       }
       T *dhx = out<T>(d.dhx) + t * B * H, *dcx = out<T>(d.dcx) + t * B * H;

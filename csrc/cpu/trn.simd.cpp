@@ -43,74 +43,6 @@ template <class T> void trn_cell_backward(const TrnCellBackward<T>& o, int64_t b
     }
 }
 
-namespace {
-
-// So many panels at once: their sums hide each other's latency, and their streams that of memory. No prefetching by
-// hand: it costs a sixth of the rate that the processor's own reaches.
-inline constexpr int row_panels = 4;
-
-template <int count, class T> PYFLOWGEN_INLINE void row_of_panels(const TrnRows<T>& o, int64_t panel) {
-  constexpr int width = tile_columns<T>, side = lanes<T>;
-  Pack<T> sums[count][2] = {};
-  const T* b = o.panels + (panel * o.in + o.skip) * width;
-  for (int64_t k = o.skip; k < o.in; ++k, b += width) {
-    const Pack<T> v = broadcast<T>(o.x[k]);
-    for (int p = 0; p < count; ++p) {
-      const T* line = b + p * o.in * width;
-      sums[p][0] = fma(v, load<T>(line), sums[p][0]);
-      sums[p][1] = fma(v, load<T>(line + side), sums[p][1]);
-    }
-  }
-  for (int p = 0; p < count; ++p)
-    for (int half = 0; half < 2; ++half) {
-      const int64_t n = (panel + p) * width + half * side;
-      const int left = int(std::min<int64_t>(side, o.out - n));
-      if (left <= 0) continue;
-      Pack<T> z = sums[p][half];
-      if (o.bias) z += load_first<T>(o.bias + n, left);
-      store_first<T>(o.y + n, o.relu ? (z < 0 ? Pack<T>{} : z) : z, left);
-    }
-}
-
-// Columns from `first` on of y = C + bias, after relu if asked for.
-template <class T> struct Rows {
-  const TrnRows<T>& o;
-  int64_t first;
-  PYFLOWGEN_INLINE void operator()(int64_t m, int64_t n, Pack<T> v, int count) const {
-    n += first;
-    if (o.bias) v += load_first<T>(o.bias + n, count);
-    store_first<T>(o.y + m * o.out + n, o.relu ? (v < 0 ? Pack<T>{} : v) : v, count);
-  }
-  PYFLOWGEN_INLINE Target<T> target(int64_t m, int64_t n) const {
-    n += first;
-    return {o.y + m * o.out + n, o.out, o.bias ? o.bias + n : nullptr, 0, o.relu ? Finish::add_relu : Finish::add};
-  }
-};
-
-template <class T> PYFLOWGEN_INLINE GemmPlan rows_plan(const TrnRows<T>& o) {
-  return gemm_plan<T>(o.rows, o.out - o.first * tile_columns<T>, o.in - o.skip, o.threads);
-}
-
-}  // namespace
-
-template <class T> int64_t trn_panel_width() { return tile_columns<T>; }
-
-template <class T> int64_t trn_rows_tasks(const TrnRows<T>& o) {
-  return o.rows == 1 ? gemm_panels<T>(o.out) - o.first : rows_plan(o).tasks();
-}
-
-template <class T> void trn_rows(const TrnRows<T>& o, int64_t begin, int64_t end) {
-  if (o.rows == 1) {
-    int64_t p = o.first + begin;
-    for (; p + row_panels <= o.first + end; p += row_panels) row_of_panels<row_panels>(o, p);
-    for (; p < o.first + end; ++p) row_of_panels<1>(o, p);
-    return;
-  }
-  constexpr int64_t width = tile_columns<T>;
-  gemm<T>(rows_plan(o), o.x + o.skip, o.in, 1, PackedPanels<T>{o.panels + (o.first * o.in + o.skip) * width, o.in},
-          begin, end, Rows<T>{o, o.first * width});
-}
-
 template <class T> void trn_relu_backward(int64_t count, const T* y, const T* dy, T scale, T* dz) {
   for (int64_t i = 0; i < count; ++i) dz[i] = y[i] <= 0 ? T(0) : dy[i] * scale;
 }
@@ -289,9 +221,6 @@ PYFLOWGEN_TRN_STEP(double, double)
   template int64_t trn_blocks<T>(bool, int64_t); \
   template void trn_cell<T>(const TrnCell<T>&, int64_t, int64_t); \
   template void trn_cell_backward<T>(const TrnCellBackward<T>&, int64_t, int64_t); \
-  template int64_t trn_panel_width<T>(); \
-  template int64_t trn_rows_tasks<T>(const TrnRows<T>&); \
-  template void trn_rows<T>(const TrnRows<T>&, int64_t, int64_t); \
   template void trn_relu_backward<T>(int64_t, const T*, const T*, T, T*); \
   template void trn_add<T>(int64_t, T, const T*, T*); \
   template void trn_mean<T>(int64_t, int64_t, const T*, int64_t, T*);

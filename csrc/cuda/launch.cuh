@@ -1,8 +1,9 @@
 // What every .cu stands on: the launch, its error check, block and grid sizes, accumulation types, sums over threads.
 //
 // The same source compiles with nvcc and, with tests/cuda_on_cpu first on the include path, with g++: kernels are
-// launched with PYFLOWGEN_LAUNCH, dynamic shared memory is named with PYFLOWGEN_DYNAMIC_SHARED, and that folder's
-// cuda_runtime.h supplies both. No inline PTX, so nothing runs on a GPU that the CPU does not run too.
+// launched with PYFLOWGEN_LAUNCH or PYFLOWGEN_LAUNCH_COOPERATIVE, dynamic shared memory is named with
+// PYFLOWGEN_DYNAMIC_SHARED, and that folder's cuda_runtime.h supplies these. No inline PTX, so nothing runs on a GPU
+// that the CPU does not run too.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,6 +21,11 @@
     pyflowgen_kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__); \
     ::pyflowgen::cuda::check(cudaGetLastError(), #kernel); \
   } while (0)
+// All blocks of the grid are on the device at once, or the launch fails.
+#define PYFLOWGEN_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  ::pyflowgen::cuda::launch_cooperative(#kernel, kernel, grid, block, shared_bytes, stream, __VA_ARGS__)
+// A word that other blocks write.
+#define PYFLOWGEN_POLL(p) (*static_cast<const volatile unsigned*>(p))
 #define PYFLOWGEN_DYNAMIC_SHARED(type, name) \
   extern __shared__ __align__(16) unsigned char pyflowgen_shared[]; \
   type* const name = reinterpret_cast<type*>(pyflowgen_shared)
@@ -33,6 +39,16 @@ inline void check(cudaError_t error, const char* kernel) {
     throw std::runtime_error(std::string("pyflowgen: launch of ") + kernel + ": " + cudaGetErrorString(error));
 }
 
+#if defined(__CUDACC__)
+template <class... P> void launch_cooperative(const char* name, void (*kernel)(P...), dim3 grid, dim3 block,
+                                              size_t shared_bytes, void* stream, P... arguments) {
+  void* pointers[] = {&arguments...};
+  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes,
+                                    static_cast<cudaStream_t>(stream)),
+        name);
+}
+#endif
+
 // Threads of a block: at 32 registers 8 blocks fill a multiprocessor, at 64 four keep half of it busy.
 inline constexpr int threads = 256, warp = 32;
 
@@ -40,7 +56,7 @@ inline constexpr int threads = 256, warp = 32;
 // the same way, and sums round the same way, on every device.
 inline constexpr int64_t busy_blocks = 2048;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How many threads of a block share a row of `units` pieces of work: a power of two.
 constexpr int lanes_for(int64_t units) {

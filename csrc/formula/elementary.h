@@ -1,5 +1,5 @@
-// exp, expm1, log, log1p, tanh, sigmoid, softplus, log_sigmoid, atan: one source for float, double, the SIMD packs
-// f32v/f64v, and CUDA device code.
+// exp, expm1, log, log1p, tanh, sigmoid, softplus, log_sigmoid, atan, normal_cdf: one source for float, double, the
+// SIMD packs f32v/f64v, and CUDA device code.
 //
 // Namespace pyflowgen::PYFLOWGEN_ISA::formula, where PYFLOWGEN_ISA is `device` under nvcc (see simd.h for why every
 // copy has a namespace of its own). Written with the operators packs and scalars share, `mask ? a : b`, and the
@@ -361,5 +361,37 @@ template <class V> PYFLOWGEN_FORMULA V atan(V x) {
   V y = fma(t * z, tail, t);
   return with_sign_of(x, a > 1 ? Element<V>(1.57079632679489661923) - y : y);
 }
+
+// The standard normal distribution's Phi(x), and e^(-x^2/2).
+template <class V> struct Normal { V cdf, bell; };
+
+// Phi(-a) = e^(-a^2/2) p(q) / (1 + a) for a >= 0, q = (a - k) / (a + k); error of p 2^-26.1 (float), 2^-55.2 (double).
+// a^2/2 is split into t and what rounding t leaves out: a's upper half squared is exact. Error of the
+// cdf: 3.8 / 3.6 ulp.
+template <class V> PYFLOWGEN_FORMULA Normal<V> normal(V x) {
+  constexpr Element<V> half = 0.5, k = single<V> ? 4 : 6;
+  constexpr Lane<V> lower_half = (Lane<V>(1) << (single<V> ? 12 : 27)) - 1;
+  V a = at_most(abs(x), single<V> ? 15 : 39), p;
+  V upper = bit_cast<V>(bit_cast<Bits<V>>(a) & ~(Bits<V>{} + lower_half));
+  V square = half * upper * upper, rest = half * (a - upper) * (a + upper);
+  V t = square + rest, left = (square - t) + rest;
+  V e = exp_in_range(at_least(-t, exp_lowest<V>));
+  e = fma(-e, left, e);
+  V q = (a - k) / (a + k);
+  if constexpr (single<V>)
+    p = horner(q, 0.472053200006485f, -0.09670347720384598f, 0.014000090770423412f, 0.028600487858057022f,
+               -0.03220316395163536f, 0.017932957038283348f, -0.00498223165050149f, -0.0002684409555513412f,
+               0.0006741099059581757f, -0.00011438697401899844f, -9.486803173786029e-05f);
+  else
+    p = horner(q, 0.45345520027112796, -0.0850253623057707, 0.03981142456242683, -0.00437338677959595,
+               -0.016141517332057008, 0.022592467062881844, -0.019766479222629245, 0.013246864152152999,
+               -0.007059819394863694, 0.002935655538050905, -0.0008689948160953325, 0.00011948952374797402,
+               3.7795429634074946e-05, -2.6352856104028564e-05, 4.411274547408162e-06, 1.782446479784095e-06,
+               -9.98212226980031e-07, 1.671511423192584e-09, 1.31642567384161e-07, -2.181881865158489e-08,
+               -1.5780026161361482e-08, 3.59170781101061e-09, 1.803838188253382e-09);
+  V tail = e * (p / (a + 1));
+  return {x < 0 ? tail : 1 - tail, e};
+}
+template <class V> PYFLOWGEN_FORMULA V normal_cdf(V x) { return normal(x).cdf; }
 
 }  // namespace pyflowgen::PYFLOWGEN_ISA::formula

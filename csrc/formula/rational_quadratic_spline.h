@@ -39,27 +39,32 @@ template <class V> PYFLOWGEN_FORMULA V square_root(V x) {
 #endif
 #endif
 
-// 2^x for x at most a little above 0, as a softmax needs it: half the work of exp, since the logits' scale takes in
-// log2(e). Below -150 it is that of -150; NaN stays. Error in float: 1.1 ulp.
-template <class V> PYFLOWGEN_FORMULA V exp2_of_logit(V x) {
+// 2^(x + unit) in place, for x at most 0, as a softmax needs it: half the work of exp, since the logits' scale takes in
+// log2(e), and the power of two is an addition to the exponent. x below -150 is taken for that; `seen` gathers what
+// tells a NaN. Step by step for n at a time: a processor looks only some 60 waiting operations ahead, less than two
+// chains. Error in float: 1.1 ulp. unit: from 24 to 30, and 0 in double.
+template <int n, class V> PYFLOWGEN_FORMULA void exp2_of_logits(V (&x)[n], int unit, Bits<V>& seen) {
   if constexpr (single<V>) {
-    constexpr float magic = 12582912;  // 1.5 2^23: the sum's low bits hold the rounded x
-    x = at_least(x, -150);
-    const V t = x + magic, n = t - magic, f = x - n;
-    const V y = fma(f,
-                    horner(f, 0.6931471824645996f, 0.24022647738456726f, 0.055503323674201965f, 0.00961843691766262f,
-                           0.0013398875016719103f, 0.00015353361959569156f),
-                    splat<V>(1));
-#if defined(__AVX512F__) && !defined(__CUDACC__)
-    if constexpr (sizeof(V) == 64) return (V)_mm512_maskz_scalef_ps(__mmask16(-1), (__m512)y, (__m512)n);
-#endif
-    const Bits<V> biased = bit_cast<Bits<V>>(t) - (bit_cast<uint32_t>(magic) - 2 * exponent_bias<V>),
-                  half = biased >> 1;
-    return y * bit_cast<V>(half << mantissa_bits<V>) * bit_cast<V>((biased - half) << mantissa_bits<V>);
+    // 1.5 2^23: the sum's low bits hold the rounded x + unit
+    const V magic = splat<V>(12582912.0f + float(unit)), one = splat<V>(1);
+    V t[n], y[n];
+    for (int i = 0; i < n; ++i) x[i] = at_least(x[i], -150);
+    for (int i = 0; i < n; ++i) t[i] = x[i] + magic;
+    for (int i = 0; i < n; ++i) x[i] = x[i] - (t[i] - magic);
+    for (int i = 0; i < n; ++i) y[i] = horner(x[i], 0.0013398875016719103f, 0.00015353361959569156f);
+    for (const float c : {0.00961843691766262f, 0.055503323674201965f, 0.24022647738456726f, 0.6931471824645996f})
+      for (int i = 0; i < n; ++i) y[i] = fma(x[i], y[i], splat<V>(c));
+    for (int i = 0; i < n; ++i) y[i] = fma(x[i], y[i], one);
+    for (int i = 0; i < n; ++i) {
+      seen |= bit_cast<Bits<V>>(t[i]);
+      x[i] = bit_cast<V>(bit_cast<Bits<V>>(y[i]) + (bit_cast<Bits<V>>(t[i]) << mantissa_bits<V>));
+    }
   } else {
-    return exp_in_range(at_least(x * ln2<V>, exp_lowest<V>));
+    for (int i = 0; i < n; ++i) x[i] = exp_in_range(at_least(x[i] * ln2<V>, exp_lowest<V>));
   }
 }
+// Whether exp2_of_logits has seen a NaN: in float all that it rounds has the exponent of 2^23, without this bit.
+template <class V> PYFLOWGEN_FORMULA auto saw_nan(Bits<V> seen) { return (seen & Lane<V>(1 << 28)) != Bits<V>{}; }
 
 // u / (1 + |u / bound|) and its derivative.
 template <class V> struct Clipped { V value, derivative; };

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyflowgen.models.detector import Detector, State, frame_loss
 from pyflowgen.ops.idu import IDU, Gate, Reset, Update
+from pyflowgen.ops.linear import Linear
 
 
 class IDN(Detector):
@@ -60,12 +63,15 @@ class IDN(Detector):
             "bias": bias, "reset": reset, "gate": gate, "update": update,
         }  # fmt: skip
         self.alpha = alpha
-        self.embed = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Dropout(dropout))
+        self.embed = nn.Sequential(Linear(features, hidden, activation="relu"), nn.Dropout(dropout))
         self.early = nn.Linear(hidden, classes)
         self.idu = IDU(hidden, hidden, window, bias=bias, reset=reset, gate=gate, update=update)
+        # Named as with a layer of its own for the relu.
         self.classifier = nn.Sequential(
-            nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, classes)
-        )
+            OrderedDict[str, nn.Module]({
+                "0": Linear(hidden, hidden, activation="relu"), "2": nn.Dropout(dropout), "3": Linear(hidden, classes)
+            })
+        )  # fmt: skip
 
     def init_state(self, batch: int) -> State:
         kept, seen = self.idu.init_cache(batch)

@@ -74,8 +74,8 @@ def gru(
 
     Returns:
         (y, h_n): all hidden states ``(time, batch, hidden)``, or ``(rows, hidden)``, and the state after each
-        sequence's last step ``(batch, hidden)``. float32 and float64 on the CPU run here; other dtypes and devices,
-        and calls under autocast, run the reference.
+        sequence's last step ``(batch, hidden)``. float32 and float64 on the CPU run here, and all four dtypes on
+        CUDA; other dtypes and devices, and calls under autocast, run the reference.
 
     Raises:
         ValueError: shapes that do not fit, or batch_sizes that grow.
@@ -100,8 +100,8 @@ class GRU(SequenceLayer, nn.GRU):
     """:class:`torch.nn.GRU` on :func:`gru`, with a streaming :meth:`step`.
 
     Constructor, parameters, ``state_dict``, inputs and outputs are those of ``torch.nn.GRU``: layers, both
-    directions, packed sequences, dropout between layers, ``batch_first``, unbatched inputs. 16-bit dtypes and
-    other devices run torch's own path.
+    directions, packed sequences, dropout between layers, ``batch_first``, unbatched inputs. 16-bit dtypes on
+    the CPU, other devices, and more than 32 sequences of one length on a GPU run torch's own path.
 
     Example:
         >>> import torch, pyflowgen

@@ -29,7 +29,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
 }
 # What the kernel applies to the tile in cache, and its code there; the others are torch's own pass over the product.
-_FUSED = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "tanh": 4, "sigmoid": 5}
+_FUSED = {"none": 0, "relu": 1, "leaky_relu": 2, "silu": 3, "tanh": 4, "sigmoid": 5, "gelu": 6, "elu": 7}
+# Those whose backward pass takes the argument, not the result.
+_KEEP_ARGUMENT = ("silu", "gelu", "elu")
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -60,8 +62,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
         x: ``(*batch, in_features)``, any strides.
         weight: W, ``(out_features, in_features)``.
         bias: b, ``(out_features,)``, or None.
-        activation: φ: ``"none"``, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"tanh"``, ``"sigmoid"``
-            in the same pass; ``"gelu"`` (exact), ``"elu"``, ``"softplus"`` in a second one, torch's own.
+        activation: φ: ``"none"``, ``"relu"``, ``"leaky_relu"`` (slope 0.01), ``"silu"``, ``"tanh"``, ``"sigmoid"``,
+            ``"gelu"`` (exact) and ``"elu"`` in the same pass; ``"softplus"`` in a second one, torch's own.
 
     Returns:
         y, ``(*batch, out_features)``, in x's dtype. float32 and float64 on the CPU run here. Other dtypes and devices
@@ -191,7 +193,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, activation):  # type: ignore[no-untyped-def]
         ctx.activation = activation
         args = x, weight, bias, _FUSED[activation], _packed(x, weight)
-        if activation == "silu":
+        if activation in _KEEP_ARGUMENT:
             y, saved = torch.ops.pyflowgen.linear_keep.default(*args)
         else:
             y = torch.ops.pyflowgen.linear.default(*args)

@@ -78,8 +78,8 @@ def lstm(
 
     Returns:
         (y, h_n, c_n): all hidden states ``(time, batch, hidden)``, or ``(rows, hidden)``, and the state after each
-        sequence's last step ``(batch, hidden)``. float32 and float64 on the CPU run here; other dtypes and devices,
-        and calls under autocast, run the reference.
+        sequence's last step ``(batch, hidden)``. float32 and float64 on the CPU run here, and all four dtypes on
+        CUDA; other dtypes and devices, and calls under autocast, run the reference.
 
     Raises:
         ValueError: shapes that do not fit, or batch_sizes that grow.
@@ -105,8 +105,8 @@ class LSTM(SequenceLayer, nn.LSTM):
 
     Constructor, parameters, ``state_dict``, inputs and outputs are those of ``torch.nn.LSTM``: layers, both
     directions, packed sequences, dropout between layers, ``batch_first``, unbatched inputs. Projections
-    (``proj_size``), 16-bit dtypes and other devices run torch's own path, and so does float32 without gradients for
-    32 sequences of one length and more, where oneDNN is at the processor's limit.
+    (``proj_size``), 16-bit dtypes on the CPU and other devices run torch's own path, and so does float32 without
+    gradients for 32 sequences of one length and more, where oneDNN is at the processor's limit; on a GPU more than 32.
 
     Example:
         >>> import torch, pyflowgen
@@ -123,6 +123,8 @@ class LSTM(SequenceLayer, nn.LSTM):
     _op, _states = "lstm", 2
 
     def _torch_is_faster(self, x: Tensor) -> bool:
+        if x.is_cuda:
+            return super()._torch_is_faster(x)
         if torch.is_grad_enabled() or x.dtype is not torch.float32 or x.dim() != 3:
             return False
         return x.shape[0 if self.batch_first else 1] >= _ONEDNN_BATCH

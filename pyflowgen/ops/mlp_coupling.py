@@ -23,6 +23,7 @@ from pyflowgen.ops.linear import Activation
 Part = tuple[int, int]
 
 _MOST_LAYERS = 16
+_GPU_WIDEST = 256  # hidden features, of the Triton kernel
 _NO_SPLINE, _NO_NUMBERS = (0, 0, 0), (0.0,) * 11
 _NAMES: dict[int, Activation] = {code: name for name, code in product._FUSED.items()}  # type: ignore[misc]
 
@@ -49,11 +50,12 @@ class Step(NamedTuple):
     shift: Tensor | None = None
     spline: tuple[int, int, int] = _NO_SPLINE  # bins, convention, tails; no bins: affine or additive
     numbers: tuple[float, ...] = _NO_NUMBERS  # clamp of the affine coupling, then those of the spline
+    blocks: int = 0  # residual ones, each with its two weights, or three with a gate; none: a perceptron
 
     def options(self) -> tuple[int, ...]:
         return (
             len(self.weights), self.activation, *self.same, *self.part, self.scale, self.shift_first, self.inverse,
-            self.layout, self.permutation is not None, self.scaled, self.shift is not None, *self.spline,
+            self.layout, self.permutation is not None, self.scaled, self.shift is not None, *self.spline, self.blocks,
         )  # fmt: skip
 
 
@@ -65,6 +67,7 @@ def mlp_coupling_reference(
     context: Tensor | None = None,
     *,
     activation: Activation = "relu",
+    blocks: int = 0,
     scale: Scale | None = "exp",
     clamp: float | None = None,
     order: Order = "scale_shift",
@@ -75,8 +78,8 @@ def mlp_coupling_reference(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch definition of :func:`mlp_coupling`, with the same arguments."""
-    part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
-    h = _parameters(x, weights, biases, context, activation, same, mask)
+    part = _check(x, weights, biases, context, activation, blocks, scale, clamp, order, layout, same, part, mask)
+    h = _parameters(x, weights, biases, context, activation, blocks, same, mask)
     where: Any = {"mask": mask} if mask is not None else {"part": part}
     if scale is None:
         return affine.affine_coupling_reference(x, h, inverse=inverse, **where)
@@ -87,7 +90,7 @@ def mlp_coupling_reference(
 
 def _parameters(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], context: Tensor | None,
-    activation: Activation, same: Part, mask: Tensor | None,
+    activation: Activation, blocks: int, same: Part, mask: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """What the conditioner gives."""
     if mask is not None:
@@ -97,13 +100,24 @@ def _parameters(
         h = x[..., same[0] : same[0] + (count - 1) * same[1] + 1 : same[1]]
     if context is not None:
         h = torch.cat([h, context.expand(*x.shape[:-1], -1)], -1)
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        h = product.linear_reference(h, weight, bias, activation if i + 1 < len(weights) else "none")
-    return h
+    layers = list(zip(weights, biases, strict=True))
+    if not blocks:
+        for weight, bias in layers[:-1]:
+            h = product.linear_reference(h, weight, bias, activation)
+        return product.linear_reference(h, *layers[-1])
+    each = (len(layers) - 2) // blocks
+    h = product.linear_reference(h, *layers[0])
+    for i in range(1, len(layers) - 1, each):
+        inner = product.linear_reference(product._ACTIVATIONS[activation](h), *layers[i], activation)
+        added = product.linear_reference(inner, *layers[i + 1])
+        if each == 3 and context is not None:
+            added = added * product.linear_reference(context, *layers[i + 2], "sigmoid")
+        h = h + added
+    return product.linear_reference(h, *layers[-1])
 
 
 def _spline_reference(x: Tensor, context: Tensor | None, s: Step) -> tuple[Tensor, Tensor]:
-    h = _parameters(x, s.weights, s.biases, context, _NAMES[s.activation], s.same, s.mask)
+    h = _parameters(x, s.weights, s.biases, context, _NAMES[s.activation], s.blocks, s.same, s.mask)
     bins, convention, tails = s.spline
     start, step = s.part if s.mask is None else (0, 1)
     left, right, bottom, top, width, height, slope, edge, clip, scale = s.numbers[1:]
@@ -130,7 +144,7 @@ def _reference(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tupl
             name = affine._SCALES[s.scale]
             x, logdet = mlp_coupling_reference(
                 x, s.weights, s.biases, context, mask=s.mask,
-                activation=_NAMES[s.activation],
+                activation=_NAMES[s.activation], blocks=s.blocks,
                 scale=name if s.scale else None,  # type: ignore[arg-type]
                 clamp=s.numbers[0] if name in affine._DEFAULT_CLAMP else None,
                 order="shift_scale" if s.shift_first else "scale_shift", inverse=s.inverse,
@@ -148,6 +162,7 @@ def mlp_coupling(
     context: Tensor | None = None,
     *,
     activation: Activation = "relu",
+    blocks: int = 0,
     scale: Scale | None = "exp",
     clamp: float | None = None,
     order: Order = "scale_shift",
@@ -164,14 +179,19 @@ def mlp_coupling(
 
     Rows go through in blocks that stay in cache from the split to the merge, forward and backward; the backward pass
     keeps every hidden layer and the parameters, as the layers one by one would. :class:`pyflowgen.AffineCoupling` and
-    :class:`pyflowgen.AdditiveCoupling` call it by themselves when their conditioner is a plain perceptron.
+    :class:`pyflowgen.AdditiveCoupling` call it by themselves when their conditioner is a plain perceptron or a
+    :class:`pyflowgen.nets.ResidualMLP`.
 
     Args:
         x: ``(*batch, channels)``.
-        weights: :math:`W_i`, each ``(out, in)`` as in ``torch.nn.Linear``; at most 16.
+        weights: :math:`W_i`, each ``(out, in)`` as in ``torch.nn.Linear``; at most 16. With residual blocks those of
+            the first layer, of each block (:math:`W_1, W_2`, and with gates :math:`W_c`), and of the last.
         biases: :math:`b_i`, each ``(out,)`` or None.
         context: c, ``(*batch, features)`` or broadcastable to it, joined to the first layer's input.
         activation: :math:`\phi`, as in :func:`linear`, after every layer but the last.
+        blocks: residual blocks :math:`h + W_2 \phi(W_1 \phi(h) + b_1) + b_2` in the place of the hidden layers; with
+            three weights each, what is added is multiplied by :math:`\mathrm{sigmoid}(W_c c + b_c)`. As
+            :class:`pyflowgen.nets.ResidualMLP`.
         scale, clamp, order, inverse: as in :func:`affine_coupling`; ``scale=None`` is the additive coupling.
         layout: how the last layer's output is read, ``"halves"`` or ``"interleaved"``.
         same: ``(start, step)`` of the channels that condition; how many, the first weight says.
@@ -180,8 +200,9 @@ def mlp_coupling(
             where they are transformed, and gives parameters for all.
 
     Returns:
-        ``(y, logdet)`` as :func:`affine_coupling`. float32 and float64 run here on the CPU; anything else, autocast and
-        the activations that :func:`linear` does not fuse are evaluated layer by layer.
+        ``(y, logdet)`` as :func:`affine_coupling`. float32 and float64 run here; anything else, autocast and
+        the activations that :func:`linear` does not fuse are evaluated layer by layer, and on a GPU gates, GELU and
+        hidden layers wider than 256, too.
 
     Raises:
         ValueError: a shape or option that does not fit, named with what was expected.
@@ -201,16 +222,19 @@ def mlp_coupling(
     """
     if not runs(x, activation):
         return mlp_coupling_reference(
-            x, weights, biases, context, activation=activation, scale=scale, clamp=clamp, order=order, inverse=inverse,
-            layout=layout, same=same, part=part, mask=mask,
+            x, weights, biases, context, activation=activation, blocks=blocks, scale=scale, clamp=clamp, order=order,
+            inverse=inverse, layout=layout, same=same, part=part, mask=mask,
         )  # fmt: skip
-    part = _check(x, weights, biases, context, activation, scale, clamp, order, layout, same, part, mask)
+    part = _check(x, weights, biases, context, activation, blocks, scale, clamp, order, layout, same, part, mask)
     step = Step(
         tuple(weights), tuple(biases), product._FUSED[activation], same, part,
         0 if scale is None else affine._SCALES.index(scale), order == "shift_scale", bool(inverse),
         affine._LAYOUTS.index(layout), mask,
         numbers=(0.0 if scale is None else affine._check_options(scale, clamp, order, layout), *_NO_NUMBERS[1:]),
+        blocks=blocks,
     )  # fmt: skip
+    if not _on_gpu(x, step):
+        return _reference(x, context, [step])
     return run(x, context, [step])
 
 
@@ -222,6 +246,20 @@ def runs(x: Tensor, activation: str) -> bool:
         and activation in product._FUSED
         and _native.use_kernel("mlp_coupling", x)
         and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def _on_gpu(x: Tensor, step: Step) -> bool:
+    """Whether x's device takes the step: the CPU all, a GPU those of kernels/mlp_coupling.py that gain by it.
+
+    From some width on one product fills a GPU by itself, and the library's own tiles are larger.
+    """
+    if not _native.by_triton("mlp_coupling", x):
+        return True
+    return (
+        _NAMES[step.activation] != "gelu"
+        and (not step.blocks or len(step.weights) == 2 + 2 * step.blocks)
+        and all(w.shape[0] <= _GPU_WIDEST for w in step.weights[:-1])
     )
 
 
@@ -264,6 +302,7 @@ def _check(
     biases: Sequence[Tensor | None],
     context: Tensor | None,
     activation: str,
+    blocks: int,
     scale: str | None,
     clamp: float | None,
     order: str,
@@ -299,10 +338,18 @@ def _check(
                 f"context has shape {tuple(context.shape)}, expected {(*x.shape[:-1], 'features')} or broadcastable"
             ) from None
         wide = context.shape[-1]
+    gated = blocks > 0 and len(weights) == 2 + 3 * blocks
+    if blocks < 0 or (blocks and not gated and len(weights) != 2 + 2 * blocks) or (gated and context is None):
+        raise ValueError(
+            f"{blocks} residual blocks take {2 + 2 * blocks} weights, or {2 + 3 * blocks} with gates and a context, "
+            f"got {len(weights)}"
+        )
     before = weights[0].shape[-1]
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if weight.dim() != 2 or weight.shape[1] != before:
-            raise ValueError(f"weights[{i}] has shape {tuple(weight.shape)}, expected (out, {before})")
+        before = wide if gated and i and i % 3 == 0 else before
+        out: int | str = weights[0].shape[0] if blocks and 0 < i < len(weights) - 1 else "out"
+        if weight.dim() != 2 or weight.shape[1] != before or out not in ("out", weight.shape[0]):
+            raise ValueError(f"weights[{i}] has shape {tuple(weight.shape)}, expected ({out}, {before})")
         before = weight.shape[0]
         if bias is not None and bias.shape != (before,):
             raise ValueError(f"biases[{i}] has shape {tuple(bias.shape)}, expected ({before},)")
@@ -394,6 +441,8 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
     nn.Tanh: "tanh",
     nn.Sigmoid: "sigmoid",
+    nn.GELU: "gelu",
+    nn.ELU: "elu",
 }
 
 
@@ -403,35 +452,70 @@ def _hooked(module: nn.Module) -> bool:
     )
 
 
-def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[Tensor | None], str] | None:
-    """(weights, biases, activation) of a plain perceptron, of ours or an `nn.Sequential`; else None.
+def _named(module: nn.Module) -> str | None:
+    """The activation that this module is."""
+    plain = (
+        module.negative_slope == 0.01 if isinstance(module, nn.LeakyReLU)
+        else module.approximate == "none" if isinstance(module, nn.GELU)
+        else module.alpha == 1 if isinstance(module, nn.ELU)
+        else True
+    )  # fmt: skip
+    return _ACTIVATIONS.get(type(module)) if plain and not _hooked(module) else None
+
+
+def _residual(net: nn.Module, blocks: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None], str, int] | None:
+    """`_layers` of a residual network with these blocks."""
+    layers, expected, name = [net.initial_layer], ["none"], blocks[0].linear_layers[0].activation
+    for block in blocks:
+        if _hooked(block) or _named(block.activation) != name:
+            return None
+        layers += [*block.linear_layers, *([] if block.context_layer is None else [block.context_layer])]
+        expected += [name, *["none"] * (len(layers) - len(expected) - 1)]
+    layers.append(net.final_layer)
+    expected.append("none")
+    for layer, activation in zip(layers, expected, strict=True):
+        if type(layer) is not product.Linear or layer.activation != activation or _hooked(layer):
+            return None
+    if _hooked(net) or len(layers) > _MOST_LAYERS:
+        return None
+    linear: Any = layers
+    return [layer.weight for layer in linear], [layer.bias for layer in linear], name, len(blocks)
+
+
+def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[Tensor | None], str, int] | None:
+    """(weights, biases, activation, residual blocks) of a plain perceptron, of ours or an `nn.Sequential`; else None.
 
     A layer with hooks, a parametrisation or a class of its own is more than its weight, and runs by itself.
     """
-    find = getattr(conditioner, "perceptron", None)
-    net = find() if find is not None else conditioner if not context else None
+    # Looked up on the class and in _parameters: a module's own attributes that are not there, or are parameters, are
+    # found ten times slower, and at small batches this search is a good part of a layer's time.
+    kind = type(conditioner)
+    if hasattr(kind, "residual_blocks") and (found := conditioner.residual_blocks()):  # type: ignore[operator]
+        return _residual(conditioner, found)
+    net: Any = conditioner if not context else None
+    if hasattr(kind, "perceptron"):
+        net = conditioner.perceptron()  # type: ignore[operator]
     if type(net) is not nn.Sequential or _hooked(conditioner) or _hooked(net):
         return None
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     after: list[str] = []  # the activation after each
+    module: Any
     for module in net._modules.values():
         kind = type(module)
-        if isinstance(module, nn.Linear) and (kind is product.Linear or kind is nn.Linear):
-            weights.append(module.weight)
-            biases.append(module.bias)
-            after.append(module.activation if isinstance(module, product.Linear) else "none")
-        elif kind in _ACTIVATIONS and after and after[-1] == "none":
-            if isinstance(module, nn.LeakyReLU) and module.negative_slope != 0.01:
+        if kind is product.Linear or kind is nn.Linear:
+            if _hooked(module):
                 return None
-            after[-1] = _ACTIVATIONS[kind]
+            weights.append(module._parameters["weight"])
+            biases.append(module._parameters["bias"])
+            after.append(module.activation if kind is product.Linear else "none")
+        elif (name := _named(module)) is not None and after and after[-1] == "none":
+            after[-1] = name
         else:
-            return None
-        if _hooked(module):
             return None
     if not 1 <= len(weights) <= _MOST_LAYERS or after[-1] != "none" or len(set(after[:-1])) > 1:
         return None
-    return weights, biases, after[0]
+    return weights, biases, after[0], 0
 
 
 def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> Step | None:
@@ -465,7 +549,7 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
     found = _layers(layer.conditioner, context is not None)
     if found is None:
         return None
-    weights, biases, activation = found
+    weights, biases, activation, blocks = found
     if activation not in product._FUSED or sum(w.numel() for w in weights) > _LARGEST:
         return None
     channels, mask = x.shape[-1], None
@@ -485,6 +569,8 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
     last = weights[-1]
     if (
         weights[0].shape[1] != conditioning + (0 if context is None else context.shape[-1])
+        or (blocks and context is not None and len(weights) != 2 + 3 * blocks)
+        or (blocks and context is None and len(weights) != 2 + 2 * blocks)
         or last.shape[0] != per * transformed
         or last.dtype is not x.dtype
         or last.device != x.device
@@ -493,7 +579,7 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
         return None  # layer by layer, which finds the words for what does not fit
     return Step(
         tuple(weights), tuple(biases), product._FUSED[activation], same, part, scale, shift_first, inverse, code, mask,
-        spline=kind, numbers=numbers,
+        spline=kind, numbers=numbers, blocks=blocks,
     )  # fmt: skip
 
 
@@ -502,7 +588,7 @@ def _one(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> 
     if product._PLAIN or not runs(x, "relu") or x.dim() == 0:
         return None
     step = _step(layer, x, context, inverse)
-    return None if step is None else run(x, context, [step])
+    return None if step is None or not _on_gpu(x, step) else run(x, context, [step])
 
 
 def _many(
@@ -528,7 +614,7 @@ def _many(
                 steps[-1] = before._replace(scaled=scaled, log_scale=log_scale, shift=shift)
         else:
             step = _step(layer, x, context, inverse)
-            if step is None:
+            if step is None or not _on_gpu(x, step):
                 break
             couplings += 1
             if before is None:
@@ -551,7 +637,12 @@ recompute.several = _many
 # -------------------------------------------------------------------------------------------------------- fake
 def _fake(x, context, weights, biases, masks, indices, log_scales, shifts, options, numbers, keep):  # type: ignore[no-untyped-def]
     rows = math.prod(x.shape[:-1])
-    saved = rows * (sum(w.shape[0] for w in weights) + x.shape[-1] * (len(masks) - 1)) if keep else 0
+    columns, first, per = x.shape[-1] * (len(masks) - 1), 0, len(options) // len(masks)
+    for count, blocks in zip(options[::per], options[per - 1 :: per], strict=True):
+        gated = blocks > 0 and count == 2 + 3 * blocks
+        columns += sum((2 if gated and i and i % 3 == 0 else 1) * weights[first + i].shape[0] for i in range(count))
+        first += count
+    saved = rows * columns if keep else 0
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1]), x.new_empty(saved)
 
 

@@ -586,11 +586,10 @@ def _fake(x, *args):  # type: ignore[no-untyped-def]
 
 
 def _fake_backward(dy, dlogdet, x, widths, heights, derivatives, *rest):  # type: ignore[no-untyped-def]
-    empty = x.new_empty(0)
     return (
         torch.empty_like(x),
         torch.empty_like(widths),
-        *(empty if t is None else torch.empty_like(t) for t in (heights, derivatives)),
+        *(x.new_empty(0) if t is None else torch.empty_like(t) for t in (heights, derivatives)),
     )
 
 

@@ -241,6 +241,15 @@ def _use_kernel(*tensors: Any) -> bool:
     )
 
 
+def _packs(x: Tensor) -> bool:
+    """Whether kernels of x's device take packed matrices, as on the CPU; those of a GPU take them as they are."""
+    return _native.has_kernel_for("trn_step", x)
+
+
+def _panels(matrix: Tensor) -> Tensor:
+    return torch.ops.pyflowgen.linear_pack.default(matrix) if _packs(matrix) else matrix.contiguous()
+
+
 # The seven matrices as the kernel takes them, between them the biases; see csrc/trn.cpp.
 Packs = tuple[Tensor, ...]
 
@@ -293,7 +302,7 @@ def _matrices(w: TRNWeights, features: int) -> tuple[Tensor, ...]:
 
 
 def _pack(w: TRNWeights, features: int) -> Packs:
-    enc, *others = (torch.ops.pyflowgen.linear_pack.default(m) for m in _matrices(w, features))
+    enc, *others = (_panels(m) for m in _matrices(w, features))
     biases = w.dec_bias, w.hx_bias, w.cx_bias, w.fusion_bias, w.future_bias, w.classifier_bias
     return enc, *(t for pair in zip(others, biases, strict=True) for t in pair)
 
@@ -337,7 +346,7 @@ class _TRN(torch.autograd.Function):
         dhs = dhs.transpose(0, 1)
         if len(dhs):
             dhs = torch.cat([dhs[:-1], (dhs[-1] + dh_last)[None]])
-        turned = [torch.ops.pyflowgen.linear_pack.default(m.t().contiguous()) for m in _matrices(w, features)]
+        turned = [_panels(m.t().contiguous()) for m in _matrices(w, features)]
         kept = cs, futures, enc_gates, dec_in, dec_gates, gs, ks, rows
         dgiven, ddec, dq, du, drows, dhx, dcx, dh, dc, dfuture = torch.ops.pyflowgen.trn_backward.default(
             dhs, dc_last, dfuture_last, dahead.movedim(0, 2), *kept, *turned, before, previous, *ctx.masks
@@ -489,9 +498,8 @@ class TRN(nn.Module):
         h, c, future = state
         p = self.dropout if self.training else 0.0
         compiling = torch.compiler.is_compiling()
-        if not (p or torch.is_grad_enabled() or compiling) and _use_kernel(
-            frames, h, c, future, (self.classifier.bias,)
-        ):
+        plain = not (p or torch.is_grad_enabled() or compiling)
+        if plain and _use_kernel(frames, h, c, future, (self.classifier.bias,)) and _packs(frames):
             return self._stream(frames, h, c, future)
         x = self.feature_extractor(frames)
         return trn(x, h, c, future, self.weights(), steps=self.steps, pool=self.pool, start=self.start, dropout=p)
@@ -568,7 +576,8 @@ class TRN(nn.Module):
         if tracing() or _native.reference_only():
             made = None
         elif made is None or not made.holds(thorough=False):
-            made = self._packed(thorough=False) if _use_kernel(frame, *state, (self.classifier.weight,)) else None
+            usable = _use_kernel(frame, *state, (self.classifier.weight,)) and _packs(frame)
+            made = self._packed(thorough=False) if usable else None
         if made is not None:
             return self._one(made, self._storage, frame, *state)
         if frame.dim() != 2 or frame.shape[1] != self.features:

@@ -45,7 +45,6 @@ struct Stacks {
 #endif
   }
   void* operator[](size_t i) {
-    i += first;
     while (all.size() <= i) {
       void* p = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) abort();
@@ -65,6 +64,7 @@ struct Fiber {
   void* tsan = nullptr;
   unsigned mask = 0;  // of the warp operation it waits at
   int source = 0;
+  bool spins = false;  // gave up its turn with nothing done
   uint64_t value = 0;
   Exchanged result{};
 };
@@ -78,7 +78,7 @@ struct Block {
   const std::function<void()>* kernel;
   std::vector<std::max_align_t> shared;
   Fiber* current = nullptr;
-  size_t live, waiting = 0;
+  size_t live, waiting = 0, stack;  // the first of its stacks
   int count = 0, counted = 0;
   char *barrier, *launch_end;  // addresses that stand for the orderings TSan is told of; after the barrier, the warps
 };
@@ -166,7 +166,7 @@ void resume(Fiber& f, [[maybe_unused]] size_t i) {
   block->current = &f;
 #if defined(CUDA_ON_CPU_ASAN)
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, stacks[i], stack_bytes);
+  __sanitizer_start_switch_fiber(&fake, stacks[block->stack + i], stack_bytes);
 #elif defined(CUDA_ON_CPU_TSAN)
   __tsan_switch_to_fiber(f.tsan, 1);
 #endif
@@ -177,44 +177,68 @@ void resume(Fiber& f, [[maybe_unused]] size_t i) {
   block->current = nullptr;
 }
 
-void run_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes, const std::function<void()>& kernel,
-               char* launch_end) {
-  auto owned = std::make_unique<Block>();
-  block = owned.get();
+std::unique_ptr<Block> make_block(dim3 grid, dim3 size, dim3 index, size_t shared_bytes,
+                                  const std::function<void()>& kernel, char* launch_end, size_t stack) {
+  auto made = std::make_unique<Block>();
   const size_t n = size_t(size.x) * size.y * size.z;
-  block->kernel = &kernel, block->launch_end = launch_end, block->live = n;
-  block->fibers = std::vector<Fiber>(n);
-  block->barrier = new_ordering(1 + (n + 31) / 32);
-  block->shared.resize(shared_bytes / sizeof(std::max_align_t) + 1);
-  memset(static_cast<void*>(block->shared.data()), 0xff, shared_bytes);  // NaN, as nothing says it is zero
+  made->kernel = &kernel, made->launch_end = launch_end, made->live = n, made->stack = stack;
+  made->fibers = std::vector<Fiber>(n);
+  made->barrier = new_ordering(1 + (n + 31) / 32);
+  made->shared.resize(shared_bytes / sizeof(std::max_align_t) + 1);
+  memset(static_cast<void*>(made->shared.data()), 0xff, shared_bytes);  // NaN, as nothing says it is zero
 #if defined(CUDA_ON_CPU_TSAN)
-  block->scheduler_tsan = __tsan_get_current_fiber();
+  made->scheduler_tsan = __tsan_get_current_fiber();
 #endif
   for (size_t i = 0; i < n; ++i) {
-    Fiber& f = block->fibers[i];
+    Fiber& f = made->fibers[i];
     f.indices = {dim3(unsigned(i % size.x), unsigned(i / size.x % size.y), unsigned(i / size.x / size.y)), index, size,
                  grid};
     getcontext(&f.context);
-    f.context.uc_stack.ss_sp = stacks[i], f.context.uc_stack.ss_size = stack_bytes, f.context.uc_link = nullptr;
+    f.context.uc_stack.ss_sp = stacks[stack + i], f.context.uc_stack.ss_size = stack_bytes, f.context.uc_link = nullptr;
     makecontext(&f.context, entry, 0);
 #if defined(CUDA_ON_CPU_TSAN)
     f.tsan = __tsan_create_fiber(0);
     ended.push_back(f.tsan);
 #endif
   }
-  // Passes run upwards and downwards in turn, and so do blocks' first ones: no order is to be relied on.
-  for (bool up = (index.x + index.y + index.z) % 2 == 0; block->live > 0; up = !up) {
-    bool progress = false;
-    for (size_t k = 0; k < n; ++k) {
-      const size_t i = up ? k : n - 1 - k;
-      if (block->fibers[i].state != Fiber::ready) continue;
-      progress = true;
-      resume(block->fibers[i], i);
+  return made;
+}
+
+// Runs blocks, side by side, to their ends.
+void run_blocks(std::vector<std::unique_ptr<Block>> blocks) {
+  // Passes run upwards and downwards in turn, and so do blocks' first ones; of blocks side by side, one runs as far as
+  // it gets before the next does: no order is to be relied on.
+  const dim3 index = blocks[0]->fibers[0].indices.block;
+  bool up = (index.x + index.y + index.z) % 2 == 0;
+  int idle = 0;  // passes in which threads did no more than spin
+  for (size_t live = 1; live > 0;) {
+    bool any = false;
+    const bool forwards = up;
+    live = 0;
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      block = blocks[forwards ? b : blocks.size() - 1 - b].get();
+      const size_t n = block->fibers.size();
+      for (bool progress = true; progress; up = !up) {
+        progress = false;
+        for (size_t k = 0; k < n; ++k) {
+          const size_t i = up ? k : n - 1 - k;
+          Fiber& f = block->fibers[i];
+          if (f.state != Fiber::ready) continue;
+          f.spins = false;
+          resume(f, i);
+          progress |= !f.spins;
+        }
+        any |= progress;
+      }
+      live += block->live;
     }
-    if (!progress) fail("waits at a barrier or warp operation that other threads never reach");
+    idle = any ? 0 : idle + 1;
+    if (live > 0 && idle > 2) fail("waits at a barrier or warp operation that other threads never reach, or spins");
   }
-  ended_shared.push_back(std::move(block->shared));
-  stacks.end_block(n);
+  for (auto& each : blocks) {
+    ended_shared.push_back(std::move(each->shared));
+    stacks.end_block(each->fibers.size());
+  }
   block = nullptr;
 }
 
@@ -230,23 +254,58 @@ int lane() {
 }
 void* dynamic_shared() { return block->shared.data(); }
 
+void end_launch(char* end) {
+  acquire(end);
+  destroy_ended();
+  ended_shared.clear();
+  stacks.end_launch();
+}
+
 void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
   char* const end = new_ordering(1);
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) {
         if (ended.size() > 7000) destroy_ended();
-        const auto run = [&] { run_block(grid, size, dim3(x, y, z), shared_bytes, kernel, end); };
+        const auto run = [&] {
+          std::vector<std::unique_ptr<Block>> one;
+          one.push_back(make_block(grid, size, dim3(x, y, z), shared_bytes, kernel, end, stacks.first));
+          run_blocks(std::move(one));
+        };
 #if defined(CUDA_ON_CPU_TSAN)
         std::thread(run).join();  // shared memory is thread-local; the fibers, not this thread, carry the ordering
 #else
         run();
 #endif
       }
-  acquire(end);
-  destroy_ended();
-  ended_shared.clear();
-  stacks.end_launch();
+  end_launch(end);
+}
+
+void launch_cooperative(dim3 grid, dim3 size, size_t bytes, const std::function<void()>& kernel) {
+  const size_t n = size_t(size.x) * size.y * size.z, count = size_t(grid.x) * grid.y * grid.z;
+  if (count > size_t(multiprocessors) || bytes > size_t(shared_bytes)) {
+    fprintf(stderr, "cuda_on_cpu: a cooperative launch larger than the device\n");
+    abort();
+  }
+  char* const end = new_ordering(1);
+  std::vector<std::unique_ptr<Block>> blocks;
+  for (unsigned i = 0; i < count; ++i) {
+    const dim3 index(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    blocks.push_back(make_block(grid, size, index, bytes, kernel, end, stacks.first + i * n));
+  }
+  run_blocks(std::move(blocks));
+  end_launch(end);
+}
+
+void fence() {
+  static char every[8];  // one address for all fences: TSan takes them for one lock
+  acquire(every);
+  release(every);
+}
+
+void spin() {
+  block->current->spins = true;
+  yield(*block->current);
 }
 
 int sync_threads(bool predicate) {

@@ -1,12 +1,14 @@
 // CUDA C++ on the CPU, for tests: put this folder first on the include path and compile a .cu with g++ -x c++.
 //
-// A block's threads are fibers that run until a barrier, a warp operation or their end; blocks run one after another.
+// A block's threads are fibers that run until a barrier, a warp operation or their end; blocks run one after another,
+// those of a cooperative launch side by side (with dynamic shared memory alone: a static array has one copy).
 // Covered: index variables, barriers, shuffles, votes, atomics, static and dynamic shared memory, and the launch macros
 // of csrc/cuda/launch.cuh. Not covered: inline PTX, cp.async, wgmma, cub, streams that overlap. A barrier or a warp
-// operation that not all its threads reach ends the program with a message.
+// operation that not all its threads reach ends the program with a message, and so does spinning (__nanosleep) for what
+// no other thread does.
 // AddressSanitizer sees each fiber's stack and the ends of shared arrays. ThreadSanitizer sees every CUDA thread as a
-// thread: only barriers, __syncwarp and the end of a launch order memory, so a missing one is a reported race, within a
-// block as between blocks.
+// thread: only barriers, __syncwarp, __threadfence and the end of a launch order memory, so a missing one is a reported
+// race, within a block as between blocks.
 #pragma once
 
 #include <cmath>
@@ -22,6 +24,20 @@ struct dim3 {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess };
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+// A device so small that a few units are shared by several blocks, and a few more do not fit their shared memory.
+namespace cuda_on_cpu { inline int multiprocessors = 3, shared_bytes = 12 << 10; }
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::multiprocessors : cuda_on_cpu::shared_bytes;
+  return cudaSuccess;
+}
+template <class F> cudaError_t cudaFuncSetAttribute(F, cudaFuncAttribute, int) { return cudaSuccess; }
+template <class F> cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, F, int, size_t) {
+  return *blocks = 1, cudaSuccess;
+}
 
 #define __global__
 #define __device__
@@ -39,6 +55,9 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 
 #define PYFLOWGEN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   ((void)(stream), ::cuda_on_cpu::launch(grid, block, shared_bytes, [&] { (kernel)(__VA_ARGS__); }))
+#define PYFLOWGEN_LAUNCH_COOPERATIVE(kernel, grid, block, shared_bytes, stream, ...) \
+  ((void)(stream), ::cuda_on_cpu::launch_cooperative(grid, block, shared_bytes, [&] { (kernel)(__VA_ARGS__); }))
+#define PYFLOWGEN_POLL(p) (__atomic_load_n(p, __ATOMIC_RELAXED))
 #define PYFLOWGEN_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(::cuda_on_cpu::dynamic_shared())
 
 namespace cuda_on_cpu {
@@ -50,7 +69,14 @@ dim3 block_size();
 dim3 grid_size();
 
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// All blocks at once; more of them, or more shared memory, than the device above has ends the program.
+void launch_cooperative(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 void* dynamic_shared();
+
+// What it did before, any thread that comes to a fence afterwards sees.
+void fence();
+// Other threads' turn.
+void spin();
 
 // A barrier of the block; how many of its threads gave true.
 int sync_threads(bool predicate);
@@ -93,7 +119,8 @@ inline int __syncthreads_count(int p) { return cuda_on_cpu::sync_threads(p); }
 inline int __syncthreads_or(int p) { return cuda_on_cpu::sync_threads(p) > 0; }
 inline int __syncthreads_and(int p) { return cuda_on_cpu::sync_threads(!p) == 0; }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cuda_on_cpu::sync_warp(mask); }
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() { cuda_on_cpu::fence(); }
+inline void __nanosleep(unsigned) { cuda_on_cpu::spin(); }
 
 template <class T> T __shfl_sync(unsigned mask, T v, int source, int width = 32) {
   return cuda_on_cpu::shuffle(mask, v, (cuda_on_cpu::lane() & ~(width - 1)) + (source & (width - 1)));

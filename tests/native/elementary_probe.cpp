@@ -21,6 +21,7 @@ PROBES(sigmoid)
 PROBES(softplus)
 PROBES(log_sigmoid)
 PROBES(atan)
+PROBES(normal_cdf)
 
 extern "C" __attribute__((visibility("default"))) int64_t pack_bytes() { return vector_bytes; }
 

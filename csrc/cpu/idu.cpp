@@ -1,0 +1,312 @@
+// idu on the CPU: the products outside the recurrence, its threads, registration.
+#include "idu.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/packed.h"
+#include "cpu/recurrence_call.h"
+
+namespace pyflowgen {
+namespace {
+
+using recurrence::Optional;
+using recurrence::product_backward;
+
+// The weights, and their panels where they are packed beforehand.
+struct Matrices { Tensor weight_x, weight_0, weight_h; };
+template <class T> struct Panels { const T *x, *current, *r, *h; };
+
+template <class T> int64_t packed_size(const Matrices& m, int64_t part) {  // of weight_x, weight_0, half of weight_h
+  const int64_t in = m.weight_x.size(1), hidden = m.weight_h.size(1);
+  return part < 2 ? PYFLOWGEN_CALL(linear_packed_size<T>, in, 2 * hidden)
+                  : PYFLOWGEN_CALL(linear_packed_size<T>, hidden, hidden);
+}
+template <class T> Panels<T> panels_at(const Matrices& m, const T* packed) {
+  const int64_t large = packed_size<T>(m, 0), small = packed_size<T>(m, 2);
+  return {packed, packed + large, packed + 2 * large, packed + 2 * large + small};
+}
+
+// As linear_pack does it, or the transpose.
+template <class T> void pack(int64_t in, int64_t out_features, const T* weight, T* panels, bool transposed = false) {
+  const int64_t all = PYFLOWGEN_CALL(linear_pack_tasks<T>, out_features), threads = threads_for(8 * in * out_features);
+  in_threads(threads, [&](int64_t i) {
+    const int64_t begin = all * i / threads, end = all * (i + 1) / threads;
+    if (transposed) PYFLOWGEN_CALL(idu_pack_backward<T>, in, weight, panels, begin, end);
+    else PYFLOWGEN_CALL(linear_pack<T>, in, out_features, weight, panels, begin, end);
+  });
+}
+
+void check(const Matrices& m) {
+  const Tensor &x = m.weight_x, &c = m.weight_0, &h = m.weight_h;
+  STD_TORCH_CHECK(h.dim() == 2 && h.size(0) == 2 * h.size(1) && x.dim() == 2 && x.size(0) == h.size(0) &&
+                      c.dim() == 2 && c.size(0) == h.size(0) && c.size(1) == x.size(1),
+                  "idu: weights of shapes ", shape_of(x), ", ", shape_of(c), " and ", shape_of(h), " do not fit");
+  STD_TORCH_CHECK((h.scalar_type() == ScalarType::Float || h.scalar_type() == ScalarType::Double) &&
+                      x.scalar_type() == h.scalar_type() && c.scalar_type() == h.scalar_type(),
+                  "idu: the kernel takes float32 and float64 alone, and one dtype");
+}
+
+IduShape shape_for(const Tensor& x, const Matrices& m, const Optional& length, int64_t cached, bool one, bool after,
+                   bool hard, bool keeps) {
+  const int64_t chunks = cached + x.size(1), window = one ? chunks : cached + 1;
+  const IduShape s{x.size(0), chunks - window + 1, chunks, window, m.weight_h.size(1), nullptr, after, hard, keeps};
+  STD_TORCH_CHECK(x.size(1) >= 1, "idu: x of shape ", shape_of(x), " has no chunk");
+  STD_TORCH_CHECK(!length || (length->dim() == 1 && length->size(0) == s.rows() && length->is_contiguous() &&
+                              length->scalar_type() == ScalarType::Long),
+                  "idu: length must be dense int64 of shape (", s.rows(), ",)");
+  return s;
+}
+
+// step(phase, t, begin, end, first, last) for steps start .. window - 1.
+template <class T, class F> void run(const IduShape& s, int64_t start, bool forward, int64_t phases, const F& step) {
+  std::vector<int64_t> offsets(size_t(s.window - start + 1));
+  for (size_t t = 0; t < offsets.size(); ++t) offsets[t] = int64_t(t) * s.rows();
+  const RecurrentShape shape{s.rows(), s.hidden, s.window - start, offsets.data(), false};
+  recurrence::run<T>(shape, 2, PYFLOWGEN_CALL(packed_row_panels<T>, s.hidden), forward, phases,
+                     [&](int64_t phase, int64_t t, int64_t begin, int64_t end, int64_t first, int64_t last) {
+                       step(phase, start + t, begin, end, first, last);
+                     });
+}
+
+struct Kept { Tensor h, given, gates, states, inner; };
+
+template <class T> Kept forward(const Tensor& x, const Matrices& m, const Optional& bias, const Optional& cached,
+                                IduShape s, const Optional& length, bool keep, const Optional& packed) {
+  const int64_t batch = s.batch, hidden = s.hidden, in = x.size(2), rows = s.rows(), fresh = x.size(1);
+  const int64_t before = s.chunks - fresh, state = rows * hidden;
+  s.length = length ? data<int64_t>(*length) : nullptr;
+  Kept k{empty({batch, s.windows, hidden}, x), empty({batch, s.chunks, 2 * hidden}, x),
+         empty({keep ? s.window : 0, rows, 3 * hidden}, x), empty({keep ? s.window + 1 : 2, rows, hidden}, x),
+         empty({keep ? s.window : 1, rows, hidden}, x)};
+  if (rows == 0) return k;
+
+  Panels<T> panels{};
+  const T* w_h = data<T>(m.weight_h);
+  if (packed && packed->scalar_type() == x.scalar_type() && packed->is_contiguous() &&
+      packed->numel() == 2 * packed_size<T>(m, 0) + 2 * packed_size<T>(m, 2)) {
+    panels = panels_at<T>(m, data<T>(*packed));
+    const auto same = [](int64_t depth, int64_t out_features, const T* weight, const T* these) {
+      return PYFLOWGEN_CALL(linear_pack_matches<T>, depth, out_features, weight, these);
+    };
+    if (!same(in, 2 * hidden, data<T>(m.weight_x), panels.x) ||
+        !same(in, 2 * hidden, data<T>(m.weight_0), panels.current) || !same(hidden, hidden, w_h, panels.r) ||
+        !same(hidden, hidden, w_h + hidden * hidden, panels.h))
+      panels = {};
+  }
+  Optional own;
+  if (!panels.r) {
+    const int64_t size = packed_size<T>(m, 2);
+    own = empty({2, size}, x);
+    pack<T>(hidden, hidden, w_h, out<T>(*own));
+    pack<T>(hidden, hidden, w_h + hidden * hidden, out<T>(*own) + size);
+    panels.r = data<T>(*own), panels.h = panels.r + size;
+  }
+
+  // What does not hang on the recurrence: products of all chunks with weight_x, of the current ones with weight_0.
+  T* given = out<T>(k.given);
+  const Packed<T> of_x{2 * hidden, in, panels.x, nullptr, data<T>(m.weight_x)};
+  if (before && batch > 1) {
+    const Tensor buffer = empty({batch, fresh, 2 * hidden}, x);
+    of_x(batch * fresh, data<T>(x), Activation::none, out<T>(buffer));
+    for (int64_t b = 0; b < batch; ++b)
+      std::copy_n(data<T>(buffer) + b * fresh * 2 * hidden, fresh * 2 * hidden,
+                  given + (b * s.chunks + before) * 2 * hidden);
+  } else {
+    of_x(batch * fresh, data<T>(x), Activation::none, given + before * 2 * hidden);
+  }
+  for (int64_t b = 0; before && b < batch; ++b)
+    std::copy_n(data<T>(*cached) + b * cached->stride(0), before * 2 * hidden, given + b * s.chunks * 2 * hidden);
+  const T* biases = bias ? data<T>(*bias) : nullptr;  // b_r, b_z, b_x, b_h
+  const Tensor current = empty({rows, 2 * hidden}, x);
+  Packed<T>{2 * hidden, in, panels.current, biases, data<T>(m.weight_0)}(rows, data<T>(x) + (fresh - s.windows) * in,
+                                                                         Activation::none, out<T>(current),
+                                                                         s.windows == fresh ? in : fresh * in);
+
+  int64_t start = keep ? 0 : s.window - 1;  // before it no window has a chunk; kept is every step
+  for (int64_t row = 0; start && row < rows; ++row) start = std::min(start, s.first(row));
+  T* states = out<T>(k.states);
+  std::fill_n(states + (keep ? 0 : start % 2) * state, state, T(0));
+  const IduForward<T> o{s,
+                        given,
+                        data<T>(current),
+                        biases ? biases + 2 * hidden : nullptr,
+                        biases ? biases + 3 * hidden : nullptr,
+                        panels.r,
+                        panels.h,
+                        states,
+                        out<T>(k.inner),
+                        keep ? out<T>(k.gates) : nullptr};
+  run<T>(s, start, true, s.after ? 1 : 2,
+         [&](int64_t phase, int64_t t, int64_t begin, int64_t end, int64_t first, int64_t last) {
+           PYFLOWGEN_CALL(idu_forward<T>, o, phase, t, start, begin, end, first, last);
+         });
+  std::copy_n(states + (keep ? s.window : s.window % 2) * state, state, out<T>(k.h));
+  if (!keep) k.states = empty({0}, x), k.inner = empty({0}, x), k.gates = empty({0}, x);
+  return k;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> idu(Tensor x, Tensor weight_x, Tensor weight_0, Tensor weight_h,
+                                                       Optional bias, Optional length, Optional cached,
+                                                       bool reset_after, bool hard, bool keeps_state, bool keep,
+                                                       Optional packed) {
+  const Matrices m{dense(weight_x), dense(weight_0), dense(weight_h)};
+  check(m);
+  const int64_t hidden = m.weight_h.size(1);
+  STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == m.weight_x.size(1) && x.scalar_type() == m.weight_h.scalar_type(),
+                  "idu: x of shape ", shape_of(x), " must be (batch, time, ", m.weight_x.size(1),
+                  ") of the weights' dtype");
+  STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == 4 * hidden && bias->scalar_type() == x.scalar_type()),
+                  "idu: bias must have shape (", 4 * hidden, ",) and x's dtype");
+  STD_TORCH_CHECK(!cached || (cached->dim() == 3 && cached->size(0) == x.size(0) && cached->size(2) == 2 * hidden &&
+                              cached->scalar_type() == x.scalar_type()),
+                  "idu: cached must have shape (", x.size(0), ", chunks, ", 2 * hidden, ") and x's dtype");
+  const IduShape s = shape_for(x, m, length, cached ? cached->size(1) : 0, !cached, reset_after, hard, keeps_state);
+  // Of the cache only its sequences may lie apart.
+  if (cached && !(cached->stride(2) == 1 && cached->stride(1) == 2 * hidden))
+    cached = torch::stable::contiguous(*cached);
+  const Kept k = recurrence::with_type(
+      x, [&]<class T>() { return forward<T>(dense(x), m, recurrence::dense(bias), cached, s, length, keep, packed); });
+  return {k.h, k.given, k.gates, k.states, k.inner};
+}
+
+struct Gradients { Tensor dx, dcached, dweight_x, dweight_0, dweight_h, dbias; };
+
+template <class T> Gradients backward(const Tensor& dh_last, const Optional& dgiven_more, const Tensor& x,
+                                      const Matrices& m, IduShape s, const Optional& length, const Tensor& gates,
+                                      const Tensor& states, const Tensor& inner, bool need_dx, bool need_dweight) {
+  const int64_t batch = s.batch, hidden = s.hidden, in = x.size(2), rows = s.rows(), fresh = x.size(1);
+  const int64_t cached = s.chunks - fresh, all = s.window * rows;
+  s.length = length ? data<int64_t>(*length) : nullptr;
+  const Tensor none = empty({0}, x);
+  Gradients g{need_dx ? empty({batch, fresh, in}, x) : none,        empty({batch, cached, 2 * hidden}, x),
+              need_dweight ? empty({2 * hidden, in}, x) : none,     need_dweight ? empty({2 * hidden, in}, x) : none,
+              need_dweight ? empty({2 * hidden, hidden}, x) : none, need_dweight ? empty({4 * hidden}, x) : none};
+  const int64_t size = packed_size<T>(m, 2);
+  const Tensor panels = empty({2, size}, x), steps = empty({s.after ? 4 : 3, s.window, rows, hidden}, x);
+  const Tensor dh = recurrence::copy_of(dh_last), dcurrent = empty({rows, 2 * hidden}, x);
+  const Tensor dgiven = empty({batch, fresh, 2 * hidden}, x);
+  pack<T>(hidden, hidden, data<T>(m.weight_h), out<T>(panels), true);
+  pack<T>(hidden, hidden, data<T>(m.weight_h) + hidden * hidden, out<T>(panels) + size, true);
+  T *dr = out<T>(steps), *dz = dr + all * hidden, *dn = dz + all * hidden;
+  const IduBackward<T> o{s,
+                         data<T>(states),
+                         data<T>(inner),
+                         data<T>(gates),
+                         data<T>(panels),
+                         data<T>(panels) + size,
+                         out<T>(dh),
+                         dr,
+                         dz,
+                         dn,
+                         s.after ? dn + all * hidden : dn};
+  if (rows)
+    run<T>(s, 0, false, 3, [&](int64_t phase, int64_t t, int64_t begin, int64_t end, int64_t first, int64_t last) {
+      PYFLOWGEN_CALL(idu_backward<T>, o, phase, t, 0, begin, end, first, last);
+    });
+  const IduCollect<T> collect{s,
+                              cached,
+                              dr,
+                              dz,
+                              dn,
+                              dgiven_more ? data<T>(*dgiven_more) : nullptr,
+                              out<T>(g.dcached),
+                              out<T>(dgiven),
+                              out<T>(dcurrent)};
+  const int64_t threads = std::min(batch, threads_for(4 * all * hidden));
+  if (batch)
+    in_threads(std::max<int64_t>(1, threads), [&](int64_t i) {
+      PYFLOWGEN_CALL(idu_collect<T>, collect, batch * i / std::max<int64_t>(1, threads),
+                     batch * (i + 1) / std::max<int64_t>(1, threads));
+    });
+
+  // One product over all steps for each weight.
+  T* dx = need_dx ? out<T>(g.dx) : nullptr;
+  const Tensor currents = s.windows == fresh ? x : empty({batch, 1, in}, x);
+  if (s.windows != fresh)
+    for (int64_t b = 0; b < batch; ++b)
+      std::copy_n(data<T>(x) + ((b + 1) * fresh - 1) * in, in, out<T>(currents) + b * in);
+  product_backward<T>(batch * fresh, in, 2 * hidden, data<T>(dgiven), data<T>(x), data<T>(m.weight_x), dx,
+                      need_dweight ? out<T>(g.dweight_x) : nullptr, nullptr);
+  const Tensor dx_current = need_dx ? empty({rows, in}, x) : none;
+  T* dbias = need_dweight ? out<T>(g.dbias) : nullptr;
+  product_backward<T>(rows, in, 2 * hidden, data<T>(dcurrent), data<T>(currents), data<T>(m.weight_0),
+                      need_dx ? out<T>(dx_current) : nullptr, need_dweight ? out<T>(g.dweight_0) : nullptr, dbias);
+  if (need_dx)
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* from = data<T>(dx_current) + row * in;
+      T* to = dx + (row / s.windows * fresh + row % s.windows + fresh - s.windows) * in;
+      for (int64_t i = 0; i < in; ++i) to[i] += from[i];
+    }
+  if (need_dweight) {
+    const T* h = data<T>(states);
+    T* dweight = out<T>(g.dweight_h);
+    product_backward<T>(all, hidden, hidden, dr, h, nullptr, nullptr, dweight, nullptr);
+    product_backward<T>(all, hidden, hidden, o.dinner, s.after ? h : data<T>(inner), nullptr, nullptr,
+                        dweight + hidden * hidden, dbias + 3 * hidden);
+    if (s.after) product_backward<T>(all, hidden, hidden, dn, h, nullptr, nullptr, nullptr, dbias + 2 * hidden);
+    else std::copy_n(dbias + 3 * hidden, hidden, dbias + 2 * hidden);
+  }
+  return g;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> idu_backward(Tensor dh, Optional dgiven, Tensor x,
+                                                                        Tensor weight_x, Tensor weight_0,
+                                                                        Tensor weight_h, Optional length,
+                                                                        bool reset_after, bool hard, bool keeps_state,
+                                                                        Tensor gates, Tensor states, Tensor inner,
+                                                                        bool need_dx, bool need_dweight) {
+  const Matrices m{dense(weight_x), dense(weight_0), dense(weight_h)};
+  check(m);
+  const int64_t hidden = m.weight_h.size(1), window = gates.size(0);
+  STD_TORCH_CHECK(x.dim() == 3 && dh.dim() == 3 && dh.size(0) == x.size(0) && dh.size(2) == hidden &&
+                      (dh.size(1) == 1 || dh.size(1) == x.size(1)),
+                  "idu_backward: dh ", shape_of(dh), " does not fit x ", shape_of(x));
+  const int64_t cached = dh.size(1) + window - 1 - x.size(1), rows = dh.size(0) * dh.size(1);
+  const bool one = cached == 0 && dh.size(1) == 1;
+  IduShape s = shape_for(x, m, length, cached, one, reset_after, hard, keeps_state);
+  STD_TORCH_CHECK(cached >= 0 && s.window == window && s.rows() == rows &&
+                      gates.numel() == 3 * window * rows * hidden && states.numel() == (window + 1) * rows * hidden &&
+                      inner.numel() == window * rows * hidden,
+                  "idu_backward: what was kept is not that of ", rows, " windows");
+  STD_TORCH_CHECK(!dgiven || dgiven->numel() == s.batch * s.chunks * 2 * hidden,
+                  "idu_backward: dgiven must have given's shape");
+  for (const Tensor* t : {&dh, &x, &gates, &states, &inner})
+    STD_TORCH_CHECK(t->scalar_type() == m.weight_h.scalar_type(), "idu_backward: all tensors must have one dtype");
+  const Gradients g = recurrence::with_type(x, [&]<class T>() {
+    return backward<T>(dense(dh), recurrence::dense(dgiven), dense(x), m, s, length, dense(gates), dense(states),
+                       dense(inner), need_dx, need_dweight);
+  });
+  return {g.dx, g.dcached, g.dweight_x, g.dweight_0, g.dweight_h, g.dbias};
+}
+
+Tensor idu_pack(Tensor weight_x, Tensor weight_0, Tensor weight_h) {
+  const Matrices m{dense(weight_x), dense(weight_0), dense(weight_h)};
+  check(m);
+  return recurrence::with_type(weight_h, [&]<class T>() {
+    const int64_t in = m.weight_x.size(1), hidden = m.weight_h.size(1);
+    const int64_t size = 2 * packed_size<T>(m, 0) + 2 * packed_size<T>(m, 2);
+    const Tensor packed = empty({size}, m.weight_h);
+    recurrence::use_large_pages(packed, size * int64_t(sizeof(T)));
+    const Panels<T> to = panels_at<T>(m, data<T>(packed));
+    pack<T>(in, 2 * hidden, data<T>(m.weight_x), const_cast<T*>(to.x));
+    pack<T>(in, 2 * hidden, data<T>(m.weight_0), const_cast<T*>(to.current));
+    pack<T>(hidden, hidden, data<T>(m.weight_h), const_cast<T*>(to.r));
+    pack<T>(hidden, hidden, data<T>(m.weight_h) + hidden * hidden, const_cast<T*>(to.h));
+    return packed;
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pyflowgen, CPU, m) {
+  m.impl("idu", TORCH_BOX(&idu));
+  m.impl("idu_backward", TORCH_BOX(&idu_backward));
+  m.impl("idu_pack", TORCH_BOX(&idu_pack));
+}
+
+}  // namespace pyflowgen

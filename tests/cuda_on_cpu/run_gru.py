@@ -1,0 +1,5 @@
+"""The CUDA launchers of gru on CPU tensors; run by tests/test_cuda_on_cpu.py in a process of its own."""
+
+from recurrence_runs import runs
+
+globals().update(runs("gru"))
