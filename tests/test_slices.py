@@ -61,7 +61,7 @@ WITHOUT = {
 SHARED = {
     "csrc/cpu/gemm.simd.cpp",
     "csrc/cpu/isa.cpp",
-    "csrc/cpu/packed_rows.simd.cpp",
+    "csrc/cpu/packed_row.simd.cpp",
     "csrc/cpu/team.cpp",
     "csrc/module.cpp",
     "kernels/tile.py",

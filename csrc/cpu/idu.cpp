@@ -1,11 +1,4 @@
 // idu on the CPU: the products outside the recurrence, its threads, registration.
-//
-// Floor, for windows of T chunks, E embedded features and H units. Operations: 2 H (2 T E + 2 E + 2 (T - 1) H) a window
-// forward, three times that with the gradient, at the rate of the register tile: T = 16, E = H = 512 and 16 windows are
-// 0.56 GFLOP, 2.4 ms on two cores of 117 GFLOP/s (measured 3.0; with the gradient 10.6 of 7.2). Bytes, which are the
-// limit for one window or stream: W_hr and W_hh, 8 H^2, T - 1 times, and the others once. In float32 that is 30 MiB and
-// 4 MiB at H = 512, 1 MiB a core and step, just too much for an L2 of 1 MiB beside the rest: 0.23 ms measured for a
-// stream's frame, 134 GB/s from L3 on two cores, which is what lstm's step reads there as well.
 #include "idu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -74,7 +67,7 @@ template <class T, class F> void run(const IduShape& s, int64_t start, bool forw
   std::vector<int64_t> offsets(size_t(s.window - start + 1));
   for (size_t t = 0; t < offsets.size(); ++t) offsets[t] = int64_t(t) * s.rows();
   const RecurrentShape shape{s.rows(), s.hidden, s.window - start, offsets.data(), false};
-  recurrence::run<T>(shape, 2, panels_of<T>(s.hidden), forward, phases,
+  recurrence::run<T>(shape, 2, PYFLOWGEN_CALL(packed_row_panels<T>, s.hidden), forward, phases,
                      [&](int64_t phase, int64_t t, int64_t begin, int64_t end, int64_t first, int64_t last) {
                        step(phase, start + t, begin, end, first, last);
                      });

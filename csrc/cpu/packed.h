@@ -4,7 +4,7 @@
 #include "cpu/dense.h"
 #include "cpu/team.h"
 #include "linear.h"
-#include "packed_rows.h"
+#include "packed_row.h"
 
 namespace pyflowgen {
 
@@ -36,52 +36,45 @@ template <class F> void in_team(int64_t threads, const F& f) {
   });
 }
 
-// Panels of a matrix with so many rows.
-template <class T> int64_t panels_of(int64_t rows) {
-  const int64_t width = PYFLOWGEN_CALL(packed_panel_width<T>);
-  return (rows + width - 1) / width;
-}
-
-// y = relu or none of (x matrix^T + bias).
+// y = activation(x matrix^T + bias); the rows of x may be x_stride apart.
 template <class T> struct Packed {
   int64_t out_features, in;
   const T* panels;  // by linear_pack, or null: then `weight`, packed on the way
   const T* bias = nullptr;
   const T* weight = nullptr;
-  // A member's part of it, with panels. Inputs before `skip` are zero, results before `first` are not asked for.
-  void share(const Member& m, int64_t rows, const T* x, Activation activation, T* y, int64_t skip = 0,
-             int64_t first = 0, int64_t x_stride = 0) const {
+  // A member's part of it. Of a packed matrix and dense rows: inputs before `skip` are zero, results before `first` are
+  // not asked for.
+  void share(const Member& m, int64_t rows, const T* x, Activation activation, T* y, int64_t x_stride = 0,
+             int64_t skip = 0, int64_t first = 0) const {
     if (rows == 0) return;
-    const PackedRows<T> o{rows,
-                          in,
-                          out_features,
-                          m.size,
-                          skip,
-                          first / PYFLOWGEN_CALL(packed_panel_width<T>),
-                          x,
-                          x_stride ? x_stride : in,
-                          panels,
-                          bias,
-                          activation == Activation::relu,
-                          y};
-    const int64_t tasks = PYFLOWGEN_CALL(packed_rows_tasks<T>, o);
-    PYFLOWGEN_CALL(packed_rows<T>, o, m.begin(tasks), m.end(tasks));
+    if ((rows == 1 && panels) || skip || first) {
+      const PackedRows<T> o{rows,
+                            in,
+                            out_features,
+                            m.size,
+                            skip,
+                            first / PYFLOWGEN_CALL(packed_panel_width<T>),
+                            x,
+                            panels,
+                            bias,
+                            activation == Activation::relu,
+                            y};
+      const int64_t tasks = PYFLOWGEN_CALL(packed_rows_tasks<T>, o);
+      return PYFLOWGEN_CALL(packed_rows<T>, o, m.begin(tasks), m.end(tasks));
+    }
+    const LinearForward<T> o{rows,   in,     out_features, m.size,     x, x_stride ? x_stride : in,
+                             weight, panels, bias,         activation, y, nullptr};
+    const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
+    PYFLOWGEN_CALL(linear<T>, o, m.begin(tasks), m.end(tasks));
   }
   // All of it, by one thread.
   void alone(int64_t rows, const T* x, Activation activation, T* y) const {
     share({0, 1, nullptr}, rows, x, activation, y);
   }
-  // All of it, by as many threads as it is worth; the rows of x may be x_stride apart.
+  // All of it, by as many threads as it is worth.
   void operator()(int64_t rows, const T* x, Activation activation, T* y, int64_t x_stride = 0) const {
     const int64_t threads = threads_for(rows * in * out_features);
-    if (panels)
-      return in_threads(threads,
-                        [&](int64_t i) { share({i, threads, nullptr}, rows, x, activation, y, 0, 0, x_stride); });
-    const LinearForward<T> o{rows,   in,      out_features, threads,    x, x_stride ? x_stride : in,
-                             weight, nullptr, bias,         activation, y, nullptr};
-    const int64_t tasks = PYFLOWGEN_CALL(linear_tasks<T>, o);
-    in_threads(threads,
-               [&](int64_t i) { PYFLOWGEN_CALL(linear<T>, o, tasks * i / threads, tasks * (i + 1) / threads); });
+    in_threads(threads, [&](int64_t i) { share({i, threads, nullptr}, rows, x, activation, y, x_stride); });
   }
 };
 

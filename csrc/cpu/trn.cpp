@@ -127,7 +127,7 @@ template <class T> Kept forward(const Tensor& given, const Tensor& h, const Tens
         copy_columns(count, H, g + first * H, in + first * 2 * H + H, 2 * H);
         m.meet();
         T* gates = dec_gates[t] + i * B * 4 * H;
-        dec.share(m, B, in, Activation::none, gates, i ? 0 : H);
+        dec.share(m, B, in, Activation::none, gates, 0, i ? 0 : H);
         m.meet();
         cell(gates, nullptr, cells, cells + B * H, g + B * H);
         T* q = scores + ((t * L + i) * B + first) * C;
@@ -317,7 +317,7 @@ template <class T> Gradients backward(const Tensor& dhs, const Tensor& dc_last, 
         cell(data<T>(dec_gates) + (t * L + i) * B * 4 * H, cells + i * B * H, cells + (i + 1) * B * H,
              dstates + i * B * H, dk, dgates);
         m.meet();
-        dec.share(m, B, dgates, Activation::none, both, 0, i ? 0 : H);  // u_0 asks for none
+        dec.share(m, B, dgates, Activation::none, both, 0, 0, i ? 0 : H);  // u_0 asks for none
         m.meet();
       }
       T *dhx = out<T>(d.dhx) + t * B * H, *dcx = out<T>(d.dcx) + t * B * H;
