@@ -1,4 +1,11 @@
 // idu on the CPU: the products outside the recurrence, its threads, registration.
+//
+// Floor, for windows of T chunks, E embedded features and H units. Operations: 2 H (2 T E + 2 E + 2 (T - 1) H) a window
+// forward, three times that with the gradient, at the rate of the register tile: T = 16, E = H = 512 and 16 windows are
+// 0.56 GFLOP, 2.4 ms on two cores of 117 GFLOP/s (measured 3.0; with the gradient 10.6 of 7.2). Bytes, which are the
+// limit for one window or stream: W_hr and W_hh, 8 H^2, T - 1 times, and the others once. In float32 that is 30 MiB and
+// 4 MiB at H = 512, 1 MiB a core and step, just too much for an L2 of 1 MiB beside the rest: 0.23 ms measured for a
+// stream's frame, 134 GB/s from L3 on two cores, which is what lstm's step reads there as well.
 #include "idu.h"
 
 #include <torch/csrc/stable/library.h>
