@@ -15,14 +15,21 @@ BLOCK = re.compile(r"(?<=<!-- rows -->\n).*?(?=<!-- end of rows -->)", re.S)
 # What the first screen shows of each op; all rows are in results.csv and in the report.
 SHOWN = {
     "affine_coupling": (
-        "8192x64 exp halves", "8192x64 tanh halves", "8192x64 exp interleaved", "8192x64 softclip pairs",
-        "8192x128 layer sigmoid_eps halves", "32x48x32x32 exp halves", "64x2 exp halves",
+        "8192x64 exp halves", "8192x64 tanh halves", "8192x64 exp interleaved", "32x48x32x32 exp halves",
+        "64x2 exp halves",
     ),
-    "linear": ("16x512 -> 2048", "64x512 -> 2048", "1024x128 -> 128", "8192x2 -> 128"),
+    "linear": ("16x512 -> 2048", "1024x128 -> 128"),
     "rational_quadratic_spline": ("8192x32 8 bins softmax", "8192x32 8 bins softclip"),
+    "polynomial_spline": ("8192x32 8 bins cubic",),
     "slogdet": ("8192x8x8",),
+    "invertible_linear": ("16x12x16x16",),
+    "glow": ("16x12x16x16 without net", "16x12x16x16 width 128"),
     "realnvp": ("1024x64 8 couplings 2x128",),
-    "nsf": ("1024x64 4 couplings 2x128 8 bins",),
+    "nsf": ("1024x64 4 couplings 2x128 8 bins", "1024x2 4 couplings 2x128 8 bins"),
+    "lstm": ("step 512 -> 512", "step 512 -> 512 bf16"),
+    "gru": ("step 512 -> 512", "step 512 -> 512 int8"),
+    "trn": ("step 1024 -> 512 int8", "4x16x128 -> 64"),
+    "idu": ("1x1x3072 -> 512 stream", "16x16x128 -> 64"),
 }  # fmt: skip
 MODES = ("forward", "forward+backward", "step")
 
