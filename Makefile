@@ -36,8 +36,9 @@ bench: $(INSTALLED)
 	$(BIN)/pyflowgen bench --quick --minutes 4 --rows run/rows.csv --html run/report.html \
 		--run fused=run/fused --run reference=run/reference --samples run/samples.png --gallery run/gallery.png
 
+# Two processes, each with whole files (some take 2 GB): most of the time goes to programs of one thread that tests compile and run.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # The long rows of trained systems, fused and reference.
 acceptance: $(INSTALLED)
