@@ -7,13 +7,11 @@ its own float64 run. normflows' couplings have, besides, a spline of their own o
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .bench_realnvp import through
-from .flows import HIDDEN, Build, Built, by_reference, draw, flow_cases, ours
+from .flows import HIDDEN, Build, Built, by_nflows, by_reference, draw, flow_cases, ours
 from .harness import Case, installed
 
 COUPLINGS, BINS = 4, 8
@@ -31,29 +29,12 @@ def nsf(features: int) -> nn.Module:
 
 
 def nflows(features: int) -> Built:
-    from nflows.distributions.normal import StandardNormal
-    from nflows.flows.base import Flow
-    from nflows.nn.nets import MLP
-    from nflows.transforms import CompositeTransform, PiecewiseRationalQuadraticCouplingTransform
+    from functools import partial
 
-    class Conditioner(nn.Module):  # nflows' MLP takes shapes, its couplings pass numbers and a context
-        def __init__(self, n_in: int, n_out: int) -> None:
-            super().__init__()
-            self.mlp = MLP([n_in], [n_out], [HIDDEN, HIDDEN])
+    from nflows.transforms import PiecewiseRationalQuadraticCouplingTransform
 
-        def forward(self, x: Tensor, context: Any = None) -> Tensor:
-            return self.mlp(x)
-
-    mask = torch.ones(features)
-    mask[::2] = -1
-    layers = [
-        PiecewiseRationalQuadraticCouplingTransform(
-            mask * (-1) ** i, Conditioner, num_bins=BINS, tails="linear", tail_bound=3.0
-        )
-        for i in range(COUPLINGS)
-    ]
-    flow = Flow(CompositeTransform(layers), StandardNormal([features]))
-    return Built(flow, lambda model, x: -model.log_prob(x).mean(), lambda model, z: model._transform.inverse(z)[0])
+    coupling = partial(PiecewiseRationalQuadraticCouplingTransform, num_bins=BINS, tails="linear", tail_bound=3.0)
+    return by_nflows(features, COUPLINGS, coupling)
 
 
 def normflows(features: int) -> Built:

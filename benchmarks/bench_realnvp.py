@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .flows import HIDDEN, Build, Built, by_reference, draw, flow_cases, nll, ours
+from .flows import HIDDEN, Build, Built, by_nflows, by_reference, draw, flow_cases, nll, ours
 from .harness import Case, installed
 
 COUPLINGS = 8
@@ -68,24 +68,9 @@ def mask_free(features: int) -> Built:
 
 
 def nflows(features: int) -> Built:
-    from nflows.distributions.normal import StandardNormal
-    from nflows.flows.base import Flow
-    from nflows.nn.nets import MLP
-    from nflows.transforms import AffineCouplingTransform, CompositeTransform
+    from nflows.transforms import AffineCouplingTransform
 
-    class Conditioner(nn.Module):  # nflows' MLP takes shapes, its couplings pass numbers and a context
-        def __init__(self, n_in: int, n_out: int) -> None:
-            super().__init__()
-            self.mlp = MLP([n_in], [n_out], [HIDDEN, HIDDEN])
-
-        def forward(self, x: Tensor, context: Any = None) -> Tensor:
-            return self.mlp(x)
-
-    mask = torch.ones(features)
-    mask[::2] = -1
-    layers = [AffineCouplingTransform(mask * (-1) ** i, Conditioner) for i in range(COUPLINGS)]
-    flow = Flow(CompositeTransform(layers), StandardNormal([features]))
-    return Built(flow, lambda model, x: -model.log_prob(x).mean(), lambda model, z: model._transform.inverse(z)[0])
+    return by_nflows(features, COUPLINGS, AffineCouplingTransform)
 
 
 def through(model: Any, z: Tensor) -> Tensor:

@@ -73,6 +73,28 @@ def ours(build: Callable[[int], nn.Module]) -> Build:
     )
 
 
+def by_nflows(features: int, couplings: int, coupling: Callable[..., Any]) -> Built:
+    """nflows' couplings of this kind, on alternating masks."""
+    from nflows.distributions.normal import StandardNormal
+    from nflows.flows.base import Flow
+    from nflows.nn.nets import MLP
+    from nflows.transforms import CompositeTransform
+
+    class Conditioner(nn.Module):  # nflows' MLP takes shapes, its couplings pass numbers and a context
+        def __init__(self, n_in: int, n_out: int) -> None:
+            super().__init__()
+            self.mlp = MLP([n_in], [n_out], [HIDDEN, HIDDEN])
+
+        def forward(self, x: Tensor, context: Any = None) -> Tensor:
+            return self.mlp(x)
+
+    mask = torch.ones(features)
+    mask[::2] = -1
+    layers = [coupling(mask * (-1) ** i, Conditioner) for i in range(couplings)]
+    flow = Flow(CompositeTransform(layers), StandardNormal([features]))
+    return Built(flow, lambda model, x: -model.log_prob(x).mean(), lambda model, z: model._transform.inverse(z)[0])
+
+
 def trained(build: Build, features: int) -> Factory:
     def make(device: torch.device, dtype: torch.dtype) -> nn.Module:
         built = build(features)

@@ -569,8 +569,7 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
     last = weights[-1]
     if (
         weights[0].shape[1] != conditioning + (0 if context is None else context.shape[-1])
-        or (blocks and context is not None and len(weights) != 2 + 3 * blocks)
-        or (blocks and context is None and len(weights) != 2 + 2 * blocks)
+        or (blocks and len(weights) != 2 + (2 if context is None else 3) * blocks)
         or last.shape[0] != per * transformed
         or last.dtype is not x.dtype
         or last.device != x.device
