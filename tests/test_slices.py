@@ -11,6 +11,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import pyflowgen
+from pyflowgen import _native, _sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, KERNELS = ROOT / "pyflowgen", ROOT / "kernels"
@@ -283,6 +285,29 @@ def test_all_works_without_the_compiled_library(module: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "all on the reference"
+
+
+@pytest.mark.skipif("sources" not in pyflowgen.build_info(), reason="no compiled library")
+def test_a_library_of_other_sources_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _native._warn_of_other_sources()
+    monkeypatch.setattr(_native, "fingerprint", lambda: "other")
+    with pytest.warns(RuntimeWarning, match="build again with `make`"):
+        _native._warn_of_other_sources()
+    monkeypatch.setattr(_native, "fingerprint", lambda: None)  # a wheel has no sources beside it
+    _native._warn_of_other_sources()
+
+
+def test_fingerprint_is_of_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sources, "CSRC", tmp_path)
+    assert _sources.fingerprint() is None
+    seen = set()
+    for name, text in [("module.cpp", "a"), ("b.h", "c"), ("b.h", "d"), ("e/b.cu", "d")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen.add(_sources.fingerprint())
+    assert len(seen) == 4 and None not in seen
 
 
 # ---------------------------------------------------------------------------------------------------- examples
