@@ -326,6 +326,10 @@ class SequenceLayer(nn.RNNBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What the layer has beyond torch's."""
         self._packs = [Packed() for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
 
     def _weights(self, index: int) -> Weights:
@@ -455,6 +459,10 @@ class CellLayer(nn.RNNCellBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What the cell has beyond torch's."""
         self._pack = Packed()
 
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]

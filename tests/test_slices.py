@@ -70,7 +70,7 @@ SHARED = {
     "kernels/elementary.py",
     "kernels/gates.py",
 }
-SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("glow", "memory", "nsf", "realnvp")}
+SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("accelerate", "glow", "memory", "nsf", "realnvp")}
 
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
 
@@ -80,10 +80,10 @@ NAMES = {
     "Inverse", "Invertible1x1Conv", "InvertibleLinear", "LSTM", "LSTMCell", "Linear", "LipschitzMLP", "Logistic",
     "LogisticDistribution", "Logit", "MLP", "MatrixExponential", "MultiScale", "NormalPrior", "Permutation",
     "Planar", "PolynomialSplineCoupling", "Radial", "Resampled", "ResidualFlow", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze",
-    "Sylvester", "TRN", "ZeroConv2d", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "cubic_spline",
+    "Sylvester", "TRN", "ZeroConv2d", "accelerate", "accelerated", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "cubic_spline",
     "gru", "gru_reference", "hutchinson_trace", "hutchpp_trace", "idu", "idu_reference", "invertible_linear",
     "invertible_linear_reference", "linear", "linear_reference", "linear_spline", "lstm", "lstm_reference", "mlp_coupling",
-    "mlp_coupling_reference", "polynomial_spline", "polynomial_spline_reference", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
+    "mlp_coupling_reference", "polynomial_spline", "polynomial_spline_reference", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path", "restore",
     "russian_roulette_logdet", "slogdet", "slogdet_reference", "trn", "trn_reference", "tune_malloc",
 }  # fmt: skip
 
@@ -189,7 +189,8 @@ RANKS = (
     "_native",
     "bijection coupling recompute recurrence",
     "ops metrics",
-    "layers nets flow bases estimators linear_flows low_rank_flows residual_flow",
+    "layers nets flow bases estimators linear_flows low_rank_flows residual_flow peers",
+    "accelerate",
     "models",
     "data",
     "train",
