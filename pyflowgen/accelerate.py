@@ -131,6 +131,8 @@ def accelerate(model: Model) -> Model:
 @torch.no_grad()
 def _agrees(module: Any) -> bool:
     """Whether an accelerated module gives on random rows what its own class gives."""
+    if any(p.is_meta for p in module.parameters()):
+        return True  # nothing to compare yet
     pairs: Iterator[tuple[torch.Tensor, torch.Tensor]] = module._compared()
     for fast, plain in pairs:
         if fast.shape != plain.shape or not torch.allclose(fast, plain, rtol=1e-3, atol=1e-3):
