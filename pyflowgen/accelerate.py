@@ -65,9 +65,9 @@ def accelerate(model: Model) -> Model:
     ==================  =============================================================================================
     nflows, its forks   ``CompositeTransform``; ``AffineCouplingTransform``, ``AdditiveCouplingTransform`` and the
                         piecewise couplings (rational quadratic, linear, quadratic, cubic); the rational quadratic
-                        autoregressive transform and CDF
+                        autoregressive transform and CDF; ``LULinear``
     normflows           ``NormalizingFlow``; ``AffineCouplingBlock``; the rational quadratic coupling, autoregressive
-                        transform and CDF
+                        transform and CDF; ``LULinearPermute``
     zuko                ``GeneralCouplingTransform`` (``NICE``, ``RealNVP``) with affine or rational quadratic maps;
                         rational quadratic maps of ``MaskedAutoregressiveTransform`` (``NSF``) and element-wise ones
     torch.nn            ``LSTM``, ``GRU``, ``LSTMCell``, ``GRUCell``

@@ -263,6 +263,8 @@ def test_a_run_of_couplings_is_one_operator(masks: str, most: int) -> None:
         (lambda: by_nflows("unconditional too"), ["rational_quadratic_spline"]),
         (lambda: by_nflows("cubic"), ["polynomial_spline"]),
         (lambda: by_nflows("autoregressive"), ["rational_quadratic_spline"]),
+        (lambda: by_nflows("affine"), ["invertible_linear"]),
+        (lambda: by_normflows("rational quadratic"), ["invertible_linear"]),
         (lambda: by_normflows("exp"), ["mlp_coupling"]),
         (lambda: by_normflows("rational quadratic"), ["rational_quadratic_spline"]),
     ],

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyflowgen.bijection import Channelwise
 from pyflowgen.ops import rational_quadratic_spline as spline
 from pyflowgen.ops.affine_coupling import _LAYOUTS, _SCALES, affine_coupling
+from pyflowgen.ops.invertible_linear import invertible_linear
 from pyflowgen.ops.mlp_coupling import Step
 from pyflowgen.ops.polynomial_spline import polynomial_spline
 from pyflowgen.ops.rational_quadratic_spline import rational_quadratic_spline
@@ -283,6 +284,52 @@ class CDF:
             yield from common.both(self, "_spline", x, inverse)
 
 
+class LU:
+    """``LULinear``: both triangles gathered at once, their product with x one operator."""
+
+    def _packed(self: Any) -> Tensor:
+        """L and U as LAPACK packs them, the diagonal in logarithms."""
+        diagonal = self.upper_diag.log()
+        kept = self.__dict__.get("_pyflowgen")
+        if kept is None or kept[0].device != diagonal.device:
+            n = self.features
+            places = torch.empty(n, n, dtype=torch.int64)
+            entries = n * (n - 1) // 2
+            for (rows, columns), first, count in (
+                (self.lower_indices, 0, entries), (self.upper_indices, entries, entries),
+                (self.diag_indices, 2 * entries, n),
+            ):  # fmt: skip
+                places[rows, columns] = torch.arange(first, first + count)
+            options: Any = {"device": diagonal.device}
+            kept = (places.flatten().to(**options), torch.arange(n, **options), torch.ones(n, **options).to(diagonal))
+            self.__dict__["_pyflowgen"] = kept
+        entries = torch.cat([self.lower_entries, self.upper_entries, diagonal])
+        return entries.index_select(0, kept[0]).view(self.features, self.features)
+
+    def _product(self: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        if not common.takes(x) or x.dim() != 2 or x.shape[1] != self.features or self.bias.dtype is not x.dtype:
+            return None
+        weight = self._packed()
+        _, permutation, sign = self.__dict__["_pyflowgen"]
+        y, logdet = invertible_linear(
+            x - self.bias if inverse else x, weight, permutation=permutation, sign=sign, inverse=inverse
+        )
+        return (y if inverse else y + self.bias), logdet
+
+    def forward_no_cache(self: Any, inputs: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        return self._product(inputs, False) or super().forward_no_cache(inputs, **rest)  # type: ignore[misc]
+
+    def inverse_no_cache(self: Any, inputs: Tensor, **rest: Any) -> tuple[Tensor, Tensor]:
+        return self._product(inputs, True) or super().inverse_no_cache(inputs, **rest)  # type: ignore[misc]
+
+    def _compared(self: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        x = common.rows(self.features, self.bias)
+        if not common.takes(x):
+            return  # nor does anything else change
+        for name in ("forward_no_cache", "inverse_no_cache"):
+            yield from common.both(self, name, x)
+
+
 def _permutation(module: Any, x: Tensor, inverse: bool) -> Channelwise | None:
     if module._dim != 1 or len(module._permutation) != x.shape[1]:
         return None
@@ -347,5 +394,6 @@ CLASSES: dict[tuple[str, str], type] = {
     ("transforms.coupling", "PiecewiseQuadraticCouplingTransform"): Quadratic,
     ("transforms.coupling", "PiecewiseCubicCouplingTransform"): Cubic,
     ("transforms.autoregressive", "MaskedPiecewiseRationalQuadraticAutoregressiveTransform"): Autoregressive,
+    ("transforms.lu", "LULinear"): LU,
     ("transforms.nonlinearities", "PiecewiseRationalQuadraticCDF"): CDF,
 }

@@ -160,6 +160,7 @@ class NormalizingFlow:
 CLASSES: dict[tuple[str, str], type] = {
     ("core", "NormalizingFlow"): NormalizingFlow,
     ("flows.affine.coupling", "AffineCouplingBlock"): AffineBlock,
+    ("flows.mixing", "_LULinear"): nflows.LU,
     ("flows.neural_spline.coupling", "PiecewiseRationalQuadraticCoupling"): nflows.RationalQuadratic,
     ("flows.neural_spline.coupling", "PiecewiseRationalQuadraticCDF"): nflows.CDF,
     ("flows.neural_spline.autoregressive", "MaskedPiecewiseRationalQuadraticAutoregressive"): nflows.Autoregressive,
