@@ -1,6 +1,6 @@
 """Other libraries' models as they are and after `pyflowgen.accelerate`: a training step's forward and backward.
 
-"eager" is the library's own model, "compiled" that under torch.compile. Vectors of 64, batch 1024, conditioners 128 wide;
+"eager" is the library's own model, "compiled" that under torch.compile. Vectors of 64, batch 1024, networks 128 wide;
 the autoregressive flows keep their own masked networks, of which only the splines behind them get faster.
 """
 
