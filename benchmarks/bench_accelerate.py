@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from . import bench_nsf, bench_realnvp
-from .flows import Applied, Build, Built, draw
+from .flows import Applied, Build, Built, draw, nll
 from .harness import Case, Factory, installed, normal
 
 BATCH, FEATURES, HIDDEN = 1024, 64, 128
@@ -59,6 +59,16 @@ def nflows_autoregressive(features: int) -> Built:
     return Built(flow, lambda model, x: -model.log_prob(x).mean(), lambda model, z: model._transform.inverse(z)[0])
 
 
+def freia(features: int) -> Built:
+    from FrEIA.framework import SequenceINN
+    from FrEIA.modules import AllInOneBlock
+
+    model = SequenceINN(features)
+    for _ in range(8):
+        model.append(AllInOneBlock, subnet_constructor=bench_realnvp.net)
+    return Built(model, lambda model, x: nll(*model(x)), lambda model, z: model(z, rev=True)[0])
+
+
 MODELS: dict[str, tuple[str, Build]] = {
     "nflows RealNVP": ("nflows", nflows_realnvp),
     "nflows NSF": ("nflows", nflows_nsf),
@@ -67,6 +77,7 @@ MODELS: dict[str, tuple[str, Build]] = {
     "normflows NSF": ("normflows", bench_nsf.normflows),
     "zuko RealNVP": ("zuko", bench_realnvp.zuko),
     "zuko NSF by coupling": ("zuko", bench_nsf.zuko),
+    "FrEIA all-in-one blocks": ("FrEIA", freia),
 }
 
 

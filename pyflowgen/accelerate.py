@@ -12,16 +12,16 @@ from torch import nn
 
 from pyflowgen.ops.gru import GRU, GRUCell
 from pyflowgen.ops.lstm import LSTM, LSTMCell
-from pyflowgen.peers import nflows, normflows, zuko
+from pyflowgen.peers import freia, nflows, normflows, zuko
 from pyflowgen.recurrence import CellLayer, SequenceLayer
 
 Model = TypeVar("Model", bound=nn.Module)
 
 _TORCH: dict[type, type] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.LSTMCell: LSTMCell, nn.GRUCell: GRUCell}
 # (end of the module's name, class) -> what replaces its arithmetic. Forks keep both, with another package before them.
-_PEERS: dict[tuple[str, str], type] = {**nflows.CLASSES, **normflows.CLASSES, **zuko.CLASSES}
+_PEERS: dict[tuple[str, str], type] = {**nflows.CLASSES, **normflows.CLASSES, **zuko.CLASSES, **freia.CLASSES}
 # They only run others' layers together.
-_CONTAINERS = (nflows.Composite, normflows.NormalizingFlow, zuko.Composed)
+_CONTAINERS = (nflows.Composite, normflows.NormalizingFlow, zuko.Composed, freia.SequenceINN)
 
 
 @functools.cache
@@ -70,6 +70,7 @@ def accelerate(model: Model) -> Model:
                         transform and CDF; ``LULinearPermute``
     zuko                ``GeneralCouplingTransform`` (``NICE``, ``RealNVP``) with affine or rational quadratic maps;
                         rational quadratic maps of ``MaskedAutoregressiveTransform`` (``NSF``) and element-wise ones
+    FrEIA               ``SequenceINN``; coupling blocks of GLOW, RNVP and NICE, ``AllInOneBlock``
     torch.nn            ``LSTM``, ``GRU``, ``LSTMCell``, ``GRUCell``
     ==================  =============================================================================================
 
@@ -135,7 +136,7 @@ def _agrees(module: Any) -> bool:
         return True  # nothing to compare yet
     pairs: Iterator[tuple[torch.Tensor, torch.Tensor]] = module._compared()
     for fast, plain in pairs:
-        if fast.shape != plain.shape or not torch.allclose(fast, plain, rtol=1e-3, atol=1e-3):
+        if fast.shape != plain.shape or not torch.allclose(fast, plain.to(fast.dtype), rtol=1e-3, atol=1e-3):
             return False
     return True
 

@@ -22,6 +22,8 @@ nets = pytest.importorskip("nflows.nn.nets")
 flows = pytest.importorskip("nflows.flows")
 normflows = pytest.importorskip("normflows")
 zuko = pytest.importorskip("zuko")
+blocks = pytest.importorskip("FrEIA.modules")
+freia = pytest.importorskip("FrEIA.framework")
 from nflows.distributions import StandardNormal  # noqa: E402
 
 kernel = pytest.mark.skipif("library" not in pyflowgen.build_info(), reason="no compiled library")
@@ -102,6 +104,39 @@ ZUKO: dict[str, Callable[..., Any]] = {
 
 def by_zuko(kind: str, context: int = 0) -> Any:
     return drawn(ZUKO[kind](FEATURES, context, transforms=3))
+
+
+FREIA: dict[str, tuple[str, dict[str, Any]]] = {
+    "GLOW": ("GLOWCouplingBlock", {}),
+    "tanh": ("GLOWCouplingBlock", {"clamp_activation": "TANH", "clamp": 1.3}),
+    "sigmoid": ("GLOWCouplingBlock", {"clamp_activation": "SIGMOID", "split_len": 0.3}),
+    "RNVP": ("RNVPCouplingBlock", {}),
+    "NICE": ("NICECouplingBlock", {}),
+    "all in one": ("AllInOneBlock", {}),
+    "other scaling": ("AllInOneBlock", {"global_affine_type": "EXP", "affine_clamping": 1.0}),
+    "rotation": ("AllInOneBlock", {"permute_soft": True}),
+    "reflections": ("AllInOneBlock", {"learned_householder_permutation": 2}),
+    "permuted before": ("AllInOneBlock", {"reverse_permutation": True}),
+}  # fmt: skip
+
+
+def by_freia(kind: str, context: int = 0, image: bool = False) -> Any:
+    def perceptron(n_in: int, n_out: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(n_in, 8), nn.ReLU(), nn.Linear(8, n_out))
+
+    def convolutions(n_in: int, n_out: int) -> nn.Module:
+        return nn.Sequential(nn.Conv2d(n_in, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, n_out, 3, padding=1))
+
+    name, options = FREIA[kind]
+    model = freia.SequenceINN(*((4, 3, 3) if image else (FEATURES,)))
+    for _ in range(3):
+        condition = {"cond": 0, "cond_shape": (context,)} if context else {}
+        net = convolutions if image else perceptron
+        model.append(getattr(blocks, name), **condition, subnet_constructor=net, **options)
+    for p in model.parameters():
+        if p.requires_grad:  # not the permutations
+            nn.init.normal_(p, std=0.3)
+    return model.double()
 
 
 def pair(model: Any) -> tuple[Any, Any]:
@@ -206,6 +241,49 @@ def test_zuko(kind: str, context: int) -> None:
         t = (m.transform.transforms[0](None) for m in (plain, fast))
         for a, b in zip(*[(x(X), x.inv(X), x.log_abs_det_jacobian(X, X), *x.call_and_ladj(X)) for x in t], strict=True):
             torch.testing.assert_close(b, a)
+
+
+@pytest.mark.parametrize("context", [0, 3])
+@pytest.mark.parametrize("kind", list(FREIA))
+def test_freia(kind: str, context: int) -> None:
+    c = [CONTEXT] if context else None
+    plain, fast = pair(by_freia(kind, context))
+    assert pyflowgen.accelerated(fast).keys() == {"", *(f"module_list.{i}" for i in range(3))}
+    for rev in (False, True):
+        check(plain, fast, lambda m, rev=rev: floats(m(X, c, rev=rev)), rtol=1e-7)
+
+
+def floats(result: tuple[Tensor, Any]) -> tuple[Tensor, Tensor]:
+    """NICE's log-determinant is the number 0."""
+    y, logdet = result
+    return y, torch.as_tensor(logdet, dtype=y.dtype).expand(len(y))
+
+
+@pytest.mark.parametrize("kind", list(FREIA))
+def test_images_of_freia(kind: str) -> None:
+    plain, fast = pair(by_freia(kind, image=True))
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    for rev in (False, True):
+        check(plain, fast, lambda m, rev=rev: floats(m(x, rev=rev)), rtol=1e-7)
+
+
+@kernel
+@pytest.mark.parametrize("kind", ["GLOW", "NICE", "all in one"])
+def test_blocks_of_freia_are_one_operator(kind: str) -> None:
+    fast = pyflowgen.accelerate(by_freia(kind))
+    for rev in (False, True):
+        with Count("mlp_coupling") as operators:
+            fast(X, rev=rev)
+        assert operators.found == 1
+
+
+def test_clamping_of_ones_own_is_left_alone() -> None:
+    model = freia.SequenceINN(4)
+    model.append(blocks.GLOWCouplingBlock, subnet_constructor=nn.Linear, clamp_activation=torch.sin)
+    model.append(blocks.AllInOneBlock, subnet_constructor=nn.Linear, gin_block=True)
+    with pytest.warns(UserWarning, match="no layer that is known"):
+        pyflowgen.accelerate(model)
+    assert list(pyflowgen.accelerated(model)) == [""]
 
 
 def test_splines_of_zuko_still_tell_their_knots() -> None:
