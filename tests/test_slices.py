@@ -65,6 +65,7 @@ SHARED = {
     "kernels/tile.py",
     "kernels/elementary.py",
     "kernels/gates.py",
+    "kernels/spline.py",
 }
 SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("glow", "memory", "nsf", "realnvp")}
 
