@@ -13,4 +13,12 @@ PYFLOWGEN_PER_ISA(
 )
 // clang-format on
 
+// The launchers of csrc/cuda, as those of rational_quadratic_spline.
+namespace cuda {
+int64_t polynomial_spline_segments(const RationalQuadraticSplineOptions&);
+template <class T, class A>
+void polynomial_spline(const RationalQuadraticSplineForward<T, A>&, double* partial, void* stream);
+template <class T, class A> void polynomial_spline_backward(const RationalQuadraticSplineBackward<T, A>&, void* stream);
+}  // namespace cuda
+
 }  // namespace pyflowgen

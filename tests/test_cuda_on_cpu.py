@@ -20,7 +20,7 @@ HERE = ROOT / "tests" / "cuda_on_cpu"
 sys.path.insert(0, str(HERE))
 import build  # noqa: E402
 
-OPS = ("affine_coupling", "gru", "lstm", "rational_quadratic_spline", "slogdet", "trn")
+OPS = ("affine_coupling", "gru", "lstm", "polynomial_spline", "rational_quadratic_spline", "slogdet", "trn")
 DRIVEN = tuple(op for op in OPS if op != "gru")  # gru's kernels are lstm's, but for the formula
 FLOAT_ONLY = ["-DPYFLOWGEN_FLOAT_ONLY"]
 
@@ -116,19 +116,36 @@ PLANTED = {
         "slogdet", "slogdet.cu", "row == k ? pivot : -pivot", "pivot", None, "sign is",
     ),
     "sums read before all are there": (
-        "rational_quadratic_spline", "rational_quadratic_spline.cu",
+        "rational_quadratic_spline", "spline.cuh",
         "  sums[own] = total;\n  __syncthreads();\n", "  sums[own] = total;\n",
         "thread", "ThreadSanitizer: data race",
     ),
     "an element beyond the batch": (
-        "rational_quadratic_spline", "rational_quadratic_spline.cu",
+        "rational_quadratic_spline", "spline.cuh",
         "row + cut.rows < cut.batch ? row + cut.rows : cut.batch", "row + cut.rows",
         "address", "AddressSanitizer: heap-buffer-overflow",
     ),
     "more elements than shared memory has places for": (
-        "rational_quadratic_spline", "rational_quadratic_spline.cu",
+        "rational_quadratic_spline", "spline.cuh",
         "size_t(cut.each) * size_t(cut.pitch)", "size_t(cut.each) * size_t(cut.pitch - 1)",
         "address", "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "parameters read before all are staged": (
+        "polynomial_spline", "spline.cuh",
+        "    if (j >= columns) j -= columns, ++element;\n  }\n  __syncthreads();\n",
+        "    if (j >= columns) j -= columns, ++element;\n  }\n",
+        "thread", "ThreadSanitizer: data race|ThreadSanitizer: SEGV",
+    ),
+    "a density beyond the last": (
+        "polynomial_spline", "polynomial_spline.cu", "j < last || !d.first ? d.own[j + 1 - d.first] : C(0)",
+        "d.own[(j + 1 - d.first) * 1000]",
+        "address", "AddressSanitizer: heap-buffer-overflow",
+    ),
+    "the outer densities' gradient forgotten": (
+        "polynomial_spline", "polynomial_spline.cu", "(first + final) / d.outer_share * d.share", "C(0)", None, "dparams is",
+    ),
+    "a neighbour's size forgotten": (
+        "polynomial_spline", "polynomial_spline.cu", "before_h = d0 * at0.s0 / k.w0", "before_h = 0", None, "dparams is",
     ),
     "removed barrier of the grid": (
         "lstm", "recurrence.cuh", "    if (i + 1 < o.steps.steps) barrier.meet();\n", "    __syncthreads();\n",

@@ -18,7 +18,8 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 # slogdet lives in shared memory: 64 leave it four blocks.
 # A recurrence has one block a multiprocessor, of which shared memory leaves no second: 255 would do.
 REGISTERS = {
-    "affine_coupling": 128, "gru": 160, "lstm": 160, "rational_quadratic_spline": 128, "slogdet": 64, "trn": 255
+    "affine_coupling": 128, "gru": 160, "lstm": 160, "polynomial_spline": 128, "rational_quadratic_spline": 128,
+    "slogdet": 64, "trn": 255,
 }  # fmt: skip
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
