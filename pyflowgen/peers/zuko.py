@@ -31,10 +31,28 @@ def _options(univariate: Any, name: str, known: tuple[str, ...]) -> dict[str, An
     return options if named else None
 
 
+class _ByKernel:
+    """A transformation with one function for its kernel both ways, which gives None where its own class has to."""
+
+    def _kernel(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
+        raise NotImplementedError
+
+    def _call(self, x: Tensor) -> Tensor:
+        found = self._kernel(x, False)
+        return super()._call(x) if found is None else found[0]  # type: ignore[misc]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        found = self._kernel(y, True)
+        return super()._inverse(y) if found is None else found[0]  # type: ignore[misc]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._kernel(x, False) or super().call_and_ladj(x)  # type: ignore[misc]
+
+
 # ------------------------------------------------------------------------------------------------------- splines
 @functools.cache
 def _spline_class(plain: Any) -> Any:
-    class MonotonicRQSTransform(plain):
+    class MonotonicRQSTransform(_ByKernel, plain):
         """The library's spline, on the kernel; its knots are computed when somebody asks for them."""
 
         def __init__(self, widths: Tensor, heights: Tensor, derivatives: Tensor, bound: float = 5.0,
@@ -57,17 +75,6 @@ def _spline_class(plain: Any) -> Any:
                 x.expand(shape), widths, heights, derivatives, bound=float(bound), min_derivative=float(slope),
                 convention="zuko", inverse=inverse, event_dim=0,
             )  # fmt: skip
-
-        def _call(self, x: Tensor) -> Tensor:
-            found = self._kernel(x, False)
-            return super()._call(x) if found is None else found[0]
-
-        def _inverse(self, y: Tensor) -> Tensor:
-            found = self._kernel(y, True)
-            return super()._inverse(y) if found is None else found[0]
-
-        def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self._kernel(x, False) or super().call_and_ladj(x)
 
     return MonotonicRQSTransform
 
@@ -104,7 +111,7 @@ class Univariate:
 # ------------------------------------------------------------------------------------------------------ couplings
 @functools.cache
 def _coupling_class(plain: Any) -> Any:
-    class CouplingTransform(plain):
+    class CouplingTransform(_ByKernel, plain):
         """The library's coupling in one operator, where its network and map allow it."""
 
         def __init__(self, lazy: Any, context: Tensor | None, **kwargs: Any) -> None:
@@ -120,20 +127,9 @@ def _coupling_class(plain: Any) -> Any:
             steps = self._lazy._one_operator(x, context, inverse)
             return None if steps is None else common.run(steps, x, context)
 
-        def _call(self, x: Tensor) -> Tensor:
-            found = self._kernel(x, False)
-            return super()._call(x) if found is None else found[0]
-
-        def _inverse(self, y: Tensor) -> Tensor:
-            found = self._kernel(y, True)
-            return super()._inverse(y) if found is None else found[0]
-
         def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
             found = self._kernel(x, False)
             return super().log_abs_det_jacobian(x, y) if found is None else found[1]
-
-        def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self._kernel(x, False) or super().call_and_ladj(x)
 
     return CouplingTransform
 
@@ -251,7 +247,7 @@ class _Twin(common.Twin):
 
 @functools.cache
 def _composed_class(plain: Any) -> Any:
-    class ComposedTransform(plain):
+    class ComposedTransform(_ByKernel, plain):
         """The library's composition, of couplings only."""
 
         def __init__(self, steps: list[tuple[common.Twin, bool]], context: Tensor | None) -> None:
@@ -259,25 +255,14 @@ def _composed_class(plain: Any) -> Any:
             super().__init__(*[t.inv if inverse else t for t, (_, inverse) in zip(transforms, steps, strict=True)])
             self._steps, self._context = steps, context
 
-        def _run(self, x: Tensor, backwards: bool) -> tuple[Tensor, Tensor] | None:
+        def _kernel(self, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
             if not common.takes(x):
                 return None
             context = _for_rows(self._context, x)
             if (context is None) != (self._context is None):
                 return None
-            order = [(twin, not inverse) for twin, inverse in reversed(self._steps)] if backwards else self._steps
+            order = [(twin, not was) for twin, was in reversed(self._steps)] if inverse else self._steps
             return recompute.compose(order, x, context)
-
-        def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return self._run(x, False) or super().call_and_ladj(x)
-
-        def _call(self, x: Tensor) -> Tensor:
-            found = self._run(x, False)
-            return super()._call(x) if found is None else found[0]
-
-        def _inverse(self, y: Tensor) -> Tensor:
-            found = self._run(y, True)
-            return super()._inverse(y) if found is None else found[0]
 
         @property
         def inv(self) -> Any:
