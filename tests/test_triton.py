@@ -196,7 +196,7 @@ def polynomial_case(
 
 def mlp_case(
     rows: int, channels: int, hidden: list[int], *, activation: int = 1, blocks: int = 0, bins: int = 0,
-    context: int = 0, mask: bool = False, inverse: bool = False,
+    context: int = 0, gated: bool = False, mask: bool = False, inverse: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
     def call() -> None:
         same = channels if mask else channels // 2
@@ -204,7 +204,10 @@ def mlp_case(
         sizes = [same + context, *hidden, count * (3 * bins - 1 if bins else 2)]
         x = torch.empty(rows, channels)
         weights = [x.new_empty(b, a) for a, b in itertools.pairwise(sizes)]
-        biases = [x.new_empty(size if i else 0) for i, size in enumerate(sizes[1:])]
+        if gated:
+            for i in range(blocks):
+                weights.insert(3 + 3 * i, x.new_empty(hidden[0], context))
+        biases = [x.new_empty(len(w) if i else 0) for i, w in enumerate(weights)]
         tensors = (
             x, x.new_empty(rows, context) if context else None, weights, biases,
             [torch.ones(channels, dtype=torch.bool) if mask else x.new_empty(0)], [], [], [],
@@ -289,6 +292,8 @@ COUPLINGS = [
     (mlp_case(1024, 64, [64, 64, 64], blocks=1), TARGETS[2]),
     (mlp_case(16384, 7, [33], activation=3, context=5, mask=True, inverse=True), TARGETS[3]),
     (mlp_case(1024, 64, [64], bins=8), TARGETS[1]),
+    (mlp_case(1024, 64, [64, 64, 64], activation=6, blocks=1, context=5, gated=True), TARGETS[0]),
+    (mlp_case(1024, 64, [64, 64, 64], activation=6, blocks=1, context=5, gated=True), TARGETS[3]),
 ]
 
 
