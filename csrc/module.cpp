@@ -3,6 +3,7 @@
 #include <torch/headeronly/version.h>
 
 #include "cpu/isa.h"
+#include "sources.h"  // made by the build
 
 namespace py = pybind11;
 
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
     info["instruction_sets"] = compiled;
     info["instruction_set"] = pyflowgen::isa_name(pyflowgen::isa());
+    info["sources"] = PYFLOWGEN_SOURCES;
     info["cuda_architectures"] = PYFLOWGEN_CUDA_ARCHITECTURES;
     return info;
   });

@@ -4,6 +4,9 @@ __version__ = "0.1.0"
 
 from pyflowgen._native import build_info as build_info
 from pyflowgen._native import reference_path as reference_path
+from pyflowgen.accelerate import accelerate as accelerate
+from pyflowgen.accelerate import accelerated as accelerated
+from pyflowgen.accelerate import restore as restore
 from pyflowgen.bases import GaussianMixture as GaussianMixture
 from pyflowgen.bases import Resampled as Resampled
 from pyflowgen.bijection import Bijection as Bijection

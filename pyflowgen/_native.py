@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyflowgen._sources import CSRC, fingerprint
+
 # A test may load another build of the same ops, e.g. the CUDA kernels compiled for the CPU.
 _LIBRARY = Path(os.environ.get("PYFLOWGEN_LIBRARY") or Path(__file__).with_name("libpyflowgen.so"))
 # Triton's interpreter runs the GPU kernels on CPU tensors, for tests.
@@ -50,6 +52,30 @@ if _missing and "PYFLOWGEN_QUIET" not in os.environ:
         RuntimeWarning,
         stacklevel=2,
     )
+
+
+def _compiled_facts() -> dict[str, Any]:
+    try:
+        from pyflowgen import _C  # type: ignore[attr-defined]
+    except ImportError:
+        return {}
+    return dict(_C.build_info())
+
+
+def _warn_of_other_sources() -> None:
+    """After a pull an editable install runs new Python on an old library, whose argument checks then fail."""
+    built, here = _compiled_facts().get("sources"), fingerprint()
+    if here is not None and built != here:
+        warnings.warn(
+            f"pyflowgen's compiled library was not built from the sources in {CSRC}: "
+            "build again with `make` or `python setup.py build_ext --inplace`.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+if not _missing and "PYFLOWGEN_LIBRARY" not in os.environ and "PYFLOWGEN_QUIET" not in os.environ:
+    _warn_of_other_sources()
 
 
 def has_kernel(op: str, key: str) -> bool:
@@ -174,12 +200,8 @@ def build_info() -> dict[str, Any]:
     from pyflowgen import __version__
 
     info: dict[str, Any] = {"version": __version__, "torch": torch.__version__}
-    try:
-        from pyflowgen import _C  # type: ignore[attr-defined]
-
-        info.update(_C.build_info())
-    except ImportError:
-        info["compiler"] = None
+    info["compiler"] = None
+    info.update(_compiled_facts())
     info["triton"] = importlib.metadata.version("triton") if _triton else None
     if _missing:
         info["library_missing"] = _missing

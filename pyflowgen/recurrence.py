@@ -24,8 +24,15 @@ _STEPS: dict[str, Callable[..., Tensors]] = {}
 STORAGE = {None: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
-def check(op: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights, batch_sizes: Tensor | None) -> None:
-    """Raise one readable error for arguments of a sequence that do not fit."""
+def check(
+    op: str,
+    x: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Weights,
+    batch_sizes: Tensor | None,
+    one: bool = False,
+) -> None:
+    """Raise one readable error for arguments of a sequence, or of ``one`` step, that do not fit."""
     gates, names, _ = _CELLS[op]
     states = dict(zip(names, state, strict=True))
     named = {"x": x, **states, **dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), weights, strict=True))}
@@ -46,7 +53,10 @@ def check(op: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights, batch
         if tensor.dim() != 2 or tensor.shape[0] != batch or tensor.shape[1] != hidden:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected (batch, {hidden})")
     features = weight_ih.shape[1]
-    if batch_sizes is None:
+    if one:
+        if x.dim() != 2 or x.shape[0] != batch or x.shape[1] != features:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected ({batch}, {features})")
+    elif batch_sizes is None:
         if x.dim() != 3 or x.shape[1] != batch or x.shape[2] != features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (time, {batch}, {features})")
     elif batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64:
@@ -55,6 +65,8 @@ def check(op: str, x: Tensor, state: tuple[Tensor, ...], weights: Weights, batch
         )
     elif x.dim() != 2 or x.shape[1] != features:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (rows, {features}) with batch_sizes")
+    if torch.is_autocast_enabled(x.device.type):
+        return
     for name, tensor in named.items():
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name} is {tensor.dtype}, expected x's {x.dtype}")
@@ -104,6 +116,7 @@ def use_kernel(op: str, x: Tensor) -> bool:
         and _native.use_kernel(op, x)
         and (x.dtype is torch.float32 or x.dtype is torch.float64 or not packs(op, x))
         and not torch.is_autocast_enabled(x.device.type)
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
 
@@ -116,7 +129,7 @@ def use_gates(op: str, x: Tensor) -> bool:
 
 def one_step(op: str, x: Tensor, state: Tensors, weights: Weights) -> Tensors:
     """The state after one step for x (batch, in), by the kernel of the gates."""
-    check(op, x.unsqueeze(0), state, weights, None)
+    check(op, x, state, weights, None, one=True)
     return _gates(op, F.linear(x, weights[0], weights[2]), state, weights)
 
 
@@ -326,6 +339,10 @@ class SequenceLayer(nn.RNNBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What the layer has beyond torch's."""
         self._packs = [Packed() for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
 
     def _weights(self, index: int) -> Weights:
@@ -419,32 +436,50 @@ class SequenceLayer(nn.RNNBase):
         shape = self.num_layers * (2 if self.bidirectional else 1), batch, self.hidden_size
         return self._hidden([weight.new_zeros(shape) for _ in range(self._states)])
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
         """The next step of streams ``x`` (batch, input_size): the output (batch, hidden_size) and the new state.
 
-        Equals the next step of :meth:`forward` up to rounding, without dropout and without gradients, on weights
-        that are packed once (see :meth:`pack`).
+        Without a state, the first one. Equals the next step of :meth:`forward` up to rounding, without dropout and
+        without gradients, on weights that are packed once (see :meth:`pack`).
         """
         if self.bidirectional or self.proj_size:
             raise ValueError(f"{type(self).__name__}.step: needs one direction and no projection")
+        if state is None:
+            state = self.init_state(len(x) if x.dim() else 0)
         parts = state if self._states > 1 else (state,)
+        self._check_step(x, parts)
         new = []
         for layer, packed in enumerate(self._packs):
             weights = self._weights(layer)
             panels = packed.get(self._op, *weights)
-            before = [s[layer] for s in parts]
+            before = tuple(s[layer] for s in parts)
             if use_gates(self._op, x):
                 with torch.no_grad():
-                    after = one_step(self._op, x, tuple(before), weights)
+                    after = one_step(self._op, x, before, weights)
             elif panels is None or _native._reference_only:
                 with torch.no_grad():
                     after = _CELLS[self._op][2](x[None], *before, *weights)[1:]
             else:
-                after = getattr(torch.ops.pyflowgen, f"{self._op}_step").default(x, *before, panels)
+                try:
+                    after = getattr(torch.ops.pyflowgen, f"{self._op}_step").default(x, *before, panels)
+                except RuntimeError:  # the operator checks everything; this finds the words
+                    check(self._op, x, before, weights, None, one=True)
+                    raise
                 after = after if self._states > 1 else (after,)
             x = after[0]
             new.append(after)
         return x, self._hidden([s[0].unsqueeze(0) if len(s) == 1 else torch.stack(s) for s in zip(*new, strict=True)])
+
+    def _check_step(self, x: Tensor, parts: Any) -> None:
+        if x.dim() != 2:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, {self.input_size})")
+        shape = self.num_layers, len(x), self.hidden_size
+        if len(parts) != self._states or any(s.shape != shape for s in parts):
+            given = " and ".join(str(tuple(s.shape)) for s in parts)
+            raise ValueError(
+                f"{type(self).__name__}.step: state has shape {given}, expected {self._states} of {shape}, "
+                f"as init_state gives it, for x of shape {tuple(x.shape)}"
+            )
 
 
 class CellLayer(nn.RNNCellBase):
@@ -455,6 +490,10 @@ class CellLayer(nn.RNNCellBase):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What the cell has beyond torch's."""
         self._pack = Packed()
 
     def forward(self, input, hx=None):  # type: ignore[no-untyped-def]
@@ -464,6 +503,8 @@ class CellLayer(nn.RNNCellBase):
         x = input if batched else input.unsqueeze(0)
         if hx is None:
             state = [x.new_zeros(x.shape[0], self.hidden_size)] * self._states
+            if torch.compiler.is_compiling():  # which takes no tensor twice
+                state = [s.clone() for s in state]
         else:
             state = list(hx) if self._states > 1 else [hx]
             if any(s.dim() not in (1, 2) for s in state):
@@ -475,15 +516,20 @@ class CellLayer(nn.RNNCellBase):
         packed = None
         if not (gates or torch.compiler.is_compiling()) and self._pack.dtype is None:
             packed = self._pack.get(self._op, *weights)
-        if gates:
-            new = one_step(self._op, x, tuple(state), weights)
-        elif packed is None or (
-            torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *state, *weights))
-        ):
-            new = sequence(self._op, x.unsqueeze(0), tuple(state), weights, None, False, packed)[1:]
-        else:
-            found = getattr(torch.ops.pyflowgen, f"{self._op}_step").default(x, *state, packed)
-            new = found if self._states > 1 else (found,)
+        try:
+            if gates:
+                new = one_step(self._op, x, tuple(state), weights)
+            elif packed is None or (
+                torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *state, *weights))
+            ):
+                new = sequence(self._op, x.unsqueeze(0), tuple(state), weights, None, False, packed)[1:]
+            else:
+                found = getattr(torch.ops.pyflowgen, f"{self._op}_step").default(x, *state, packed)
+                new = found if self._states > 1 else (found,)
+        except (ValueError, RuntimeError):
+            if x.shape[1] != self.input_size or any(s.shape != (len(x), self.hidden_size) for s in state):
+                return super().forward(input, hx)  # which raises, in torch's words
+            raise
         new = new if batched else tuple(s.squeeze(0) for s in new)
         return new if self._states > 1 else new[0]
 
@@ -491,6 +537,16 @@ class CellLayer(nn.RNNCellBase):
         """A step where no kernel on packed weights runs."""
         with torch.no_grad():
             return self(x, state)
+
+    def _step_failed(self, x: Tensor, state: Any) -> Any:
+        """What went wrong in a step, in words; without a state nothing did."""
+        if state is None and isinstance(x, Tensor) and x.dim() == 2:
+            return self.step(x, self.init_state(len(x)))
+        parts = tuple(state) if self._states > 1 and isinstance(state, (tuple, list)) else (state,)
+        if len(parts) != self._states:
+            raise ValueError(f"{type(self).__name__}.step: state has {len(parts)} tensors, expected {self._states}")
+        p = self._parameters
+        check(self._op, x, parts, (p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"]), None, one=True)  # type: ignore[arg-type]
 
     def pack(self, dtype: torch.dtype | None = None) -> Any:
         """Hold the weights that :meth:`step` reads in ``dtype``: None (their own), bfloat16 or int8. Returns self.
@@ -506,6 +562,6 @@ class CellLayer(nn.RNNCellBase):
         state = [self.weight_hh.new_zeros(batch, self.hidden_size) for _ in range(self._states)]
         return tuple(state) if self._states > 1 else state[0]
 
-    def step(self, x: Tensor, state: Any) -> Any:
+    def step(self, x: Tensor, state: Any = None) -> Any:
         """:meth:`forward` without gradients, for x (batch, input_size), on weights packed once (see :meth:`pack`)."""
         raise NotImplementedError

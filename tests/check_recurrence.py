@@ -372,13 +372,88 @@ def recurrence_tests(op: str) -> dict[str, Callable[..., None]]:
         with pytest.raises(ValueError, match="one direction"):
             layer.step(torch.zeros(1, 4), layer.init_state(1))
 
+    @pytest.mark.parametrize("reference", [False, True])
+    def test_a_wrong_state_of_layers_is_told(reference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_native, "_reference_only", reference)
+        layer = getattr(pyflowgen, op.upper())(4, 9, num_layers=2)
+        for x, batch, words in (
+            (torch.zeros(2, 5), 2, r"x has shape .*5\), expected .*4\)"),
+            (torch.zeros(4), 2, r"x has shape \(4,\), expected \(batch, 4\)"),
+            (torch.zeros(3, 4), 2, r"state has shape \(2, 2, 9\).*of \(2, 3, 9\)"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                layer.step(x, layer.init_state(batch))
+        with pytest.raises(ValueError, match=r"state has shape \(1, 2, 9\)"):
+            layer.step(torch.zeros(2, 4), getattr(pyflowgen, op.upper())(4, 9).init_state(2))
+
     @kernel
-    def test_step_refuses() -> None:
+    def test_words_of_a_wrong_step() -> None:
         cell = getattr(pyflowgen, op.upper() + "Cell")(4, 9)
-        state = cell.init_state(2)
-        for x in (torch.zeros(2, 5), torch.zeros(3, 4), torch.zeros(4), torch.zeros(2, 4, dtype=torch.float64)):
-            with pytest.raises(RuntimeError, match=f"{op}_step: "):
-                cell.step(x, state)
+        short = cell.init_state(3)
+        with pytest.raises(ValueError, match=r"x has shape \(2, 5\), expected \(2, 4\)"):
+            cell.step(torch.zeros(2, 5), cell.init_state(2))
+        with pytest.raises(ValueError, match=r"x has shape \(2, 4\), expected \(3, 4\)"):
+            cell.step(torch.zeros(2, 4), short)
+        with pytest.raises(TypeError, match="expected x's torch.float64"):
+            cell.step(torch.zeros(3, 4, dtype=torch.float64), short)
+        if STATES[op] == 2:
+            with pytest.raises(ValueError, match="state has 1 tensors, expected 2"):
+                cell.step(torch.zeros(3, 4), short[:1])
+
+    def test_a_first_step_needs_no_state() -> None:
+        cell, layer = getattr(pyflowgen, op.upper() + "Cell")(4, 9), getattr(pyflowgen, op.upper())(4, 9, num_layers=2)
+        x = torch.randn(2, 4)
+        for a, b in zip(flat(cell.step(x)), flat(cell.step(x, cell.init_state(2))), strict=True):
+            assert torch.equal(a, b)
+        for a, b in zip(flat(layer.step(x)), flat(layer.step(x, layer.init_state(2))), strict=True):
+            assert torch.equal(a, b)
+
+    def test_a_wrong_cell_is_told_in_torchs_words() -> None:
+        made = [getattr(of, op.upper() + "Cell")(4, 9) for of in (nn, pyflowgen)]
+        state = made[1].init_state(2)
+        for x in (torch.zeros(2, 5), torch.zeros(3, 4), torch.zeros(4)):
+            for grad in (True, False):
+                said = []
+                for cell in made:
+                    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError) as caught:
+                        cell(x, state)
+                    said.append(str(caught.value))
+                assert said[0] == said[1]
+
+    def test_compile() -> None:
+        """A cell and a layer are one graph; of layers torch.compile must be told to take any."""
+        torch.compiler.reset()
+        cell = getattr(pyflowgen, op.upper() + "Cell")(4, 9)
+        layer = getattr(pyflowgen, op.upper())(4, 9, num_layers=2, bidirectional=True)
+        for module, shapes in ((cell, ((2, 4), (5, 4))), (layer, ((3, 2, 4), (6, 5, 4)))):
+            with torch._dynamo.config.patch(allow_rnn=True):
+                compiled = torch.compile(module, fullgraph=True, dynamic=True)
+                for shape in shapes:
+                    x = torch.randn(shape)
+                    got, want = flat(compiled(x)), flat(module(x))
+                    torch.testing.assert_close(got, want)
+                    for a, b in zip(*(torch.autograd.grad(o[0].sum(), list(module.parameters())) for o in (got, want)), strict=True):  # fmt: skip
+                        torch.testing.assert_close(a, b)
+        torch.compiler.reset()
+        x = torch.randn(3, 2, 4)
+        torch.testing.assert_close(flat(torch.compile(layer)(x)), flat(layer(x)))  # as torch.compile is by itself
+
+    def test_jit_trace() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for name, shape in (("", (3, 2, 4)), ("Cell", (2, 4))):
+                module, x = getattr(pyflowgen, op.upper() + name)(4, 9), torch.randn(shape)
+                torch.testing.assert_close(flat(torch.jit.trace(module, x)(x)), flat(module(x)))
+
+    def test_steps_under_autocast() -> None:
+        """What goes into a layer may be as short as autocast made it; the state stays float32."""
+        cell, layer = getattr(pyflowgen, op.upper() + "Cell")(4, 9), getattr(pyflowgen, op.upper())(4, 9)
+        x = torch.randn(2, 4)
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            for given in (x, x.bfloat16()):
+                _, state = layer.step(given)
+                for a, b in zip(flat(state), flat(cell.step(given)), strict=True):
+                    assert a.dtype is torch.float32 and b.shape == (2, 9)
 
     # ---------------------------------------------------------------------------------------------------- threads
     @kernel

@@ -144,7 +144,26 @@ def test_ignored_classes(name):
     torch.testing.assert_close(model.loss(x, targets), before)
 
 
+@torch.no_grad()
+def test_clips_without_frames_or_streams(model):
+    for batch, count in ((2, 0), (0, 5)):
+        scores, state = model.run(torch.zeros(batch, count, 6))
+        assert scores.shape == (batch, count, 4) and all(len(v) == batch for v in state.values())
+
+
+@torch.no_grad()
+def test_autocast(model):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        clip, state = model(frames(12)), None
+        for t in range(12):
+            scores, state = model.step(frames(12)[:, t], state)
+    torch.testing.assert_close(clip[:, -1].float(), model(frames(12))[:, -1], rtol=0, atol=0.05)
+    torch.testing.assert_close(scores.float(), clip[:, -1].float(), rtol=0, atol=0.05)
+
+
 def test_wrong_arguments_are_named(model):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"shapes? \(.*3.*expected .*2"):
+        model.step(torch.zeros(2, 6), model.init_state(3))
     with pytest.raises(ValueError, match=r"features have shape \(3, 8, 5\), expected \(batch, frames, 6\)"):
         model(torch.randn(3, 8, 5))
     with pytest.raises(ValueError, match=r"frame has shape \(6,\), expected \(batch, 6\)"):

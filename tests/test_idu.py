@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -404,6 +405,17 @@ def test_operators_of_training_and_streams():
                 torch.ops.pyflowgen.idu(*wrong)
         with pytest.raises(RuntimeError, match="kept is not that"):
             torch.ops.pyflowgen.idu_backward(*back[:-3], kept[2][1:], True, True)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_cache_of_another_window_is_refused(reference):
+    layer, x = IDU(4, 8, window=3), torch.zeros(2, 1, 4)
+    with contextlib.ExitStack() as stack:
+        if reference:
+            stack.enter_context(pyflowgen.reference_path())
+        for cache in (IDU(4, 8, window=4).init_cache(2), layer.init_cache(3)):
+            with pytest.raises(ValueError, match=r"cache has shapes .* expected \(2, 2, 16\)"):
+                layer.frames(x, cache)
 
 
 @kernel

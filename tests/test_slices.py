@@ -11,6 +11,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 
 import pyflowgen
+from pyflowgen import _native, _sources
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, KERNELS = ROOT / "pyflowgen", ROOT / "kernels"
@@ -66,7 +68,7 @@ SHARED = {
     "kernels/gates.py",
     "kernels/spline.py",
 }
-SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("glow", "memory", "nsf", "realnvp")}
+SYSTEMS = {f"benchmarks/bench_{name}.py" for name in ("accelerate", "glow", "memory", "nsf", "realnvp")}
 
 OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem != "__init__")
 
@@ -76,10 +78,10 @@ NAMES = {
     "Inverse", "Invertible1x1Conv", "InvertibleLinear", "LSTM", "LSTMCell", "Linear", "LipschitzMLP", "Logistic",
     "LogisticDistribution", "Logit", "MLP", "MatrixExponential", "MultiScale", "NormalPrior", "Permutation",
     "Planar", "PolynomialSplineCoupling", "Radial", "Resampled", "ResidualFlow", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze",
-    "Sylvester", "TRN", "ZeroConv2d", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "cubic_spline",
+    "Sylvester", "TRN", "ZeroConv2d", "accelerate", "accelerated", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "cubic_spline",
     "gru", "gru_reference", "hutchinson_trace", "hutchpp_trace", "idu", "idu_reference", "invertible_linear",
     "invertible_linear_reference", "linear", "linear_reference", "linear_spline", "lstm", "lstm_reference", "mlp_coupling",
-    "mlp_coupling_reference", "polynomial_spline", "polynomial_spline_reference", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path",
+    "mlp_coupling_reference", "polynomial_spline", "polynomial_spline_reference", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path", "restore",
     "russian_roulette_logdet", "slogdet", "slogdet_reference", "trn", "trn_reference", "tune_malloc",
 }  # fmt: skip
 
@@ -185,7 +187,8 @@ RANKS = (
     "_native",
     "bijection coupling recompute recurrence",
     "ops metrics",
-    "layers nets flow bases estimators linear_flows low_rank_flows residual_flow",
+    "layers nets flow bases estimators linear_flows low_rank_flows residual_flow peers",
+    "accelerate",
     "models",
     "data",
     "train",
@@ -281,6 +284,29 @@ def test_all_works_without_the_compiled_library(module: str) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "all on the reference"
+
+
+@pytest.mark.skipif("sources" not in pyflowgen.build_info(), reason="no compiled library")
+def test_a_library_of_other_sources_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _native._warn_of_other_sources()
+    monkeypatch.setattr(_native, "fingerprint", lambda: "other")
+    with pytest.warns(RuntimeWarning, match="build again with `make`"):
+        _native._warn_of_other_sources()
+    monkeypatch.setattr(_native, "fingerprint", lambda: None)  # a wheel has no sources beside it
+    _native._warn_of_other_sources()
+
+
+def test_fingerprint_is_of_names_and_contents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sources, "CSRC", tmp_path)
+    assert _sources.fingerprint() is None
+    seen = set()
+    for name, text in [("module.cpp", "a"), ("b.h", "c"), ("b.h", "d"), ("e/b.cu", "d")]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        seen.add(_sources.fingerprint())
+    assert len(seen) == 4 and None not in seen
 
 
 # ---------------------------------------------------------------------------------------------------- examples

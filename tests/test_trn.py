@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
@@ -673,11 +674,11 @@ def test_step_opcheck_and_refusals():
         torch.library.opcheck(torch.ops.pyflowgen.trn_step.default, (frame, *state, packed, *how))
     step, h, c, future = torch.ops.pyflowgen.trn_step, *state
     for call, message in (
-        (lambda: layer.step(torch.zeros(2, 6), state), "do not fit"),
-        (lambda: layer.step(torch.zeros(3, 5), state), "do not fit"),
-        (lambda: layer.step(torch.zeros(5), state), "do not fit"),
-        (lambda: layer.step(frame, (h, c[:, 1:], future)), "do not fit"),
-        (lambda: layer.step(frame.double(), state), "one dtype"),
+        (lambda: step(torch.zeros(2, 6), *state, packed, *how), "do not fit"),
+        (lambda: step(torch.zeros(3, 5), *state, packed, *how), "do not fit"),
+        (lambda: step(torch.zeros(5), *state, packed, *how), "do not fit"),
+        (lambda: step(frame, h, c[:, 1:], future, packed, *how), "do not fit"),
+        (lambda: step(frame.double(), *state, packed, *how), "one dtype"),
         (lambda: step(frame, h, c, future, packed, 5, 3, False, False), "packed weights do not"),
         (lambda: step(*(t.double() for t in (frame, *state)), packed, *how), "packed from"),
         (lambda: torch.ops.pyflowgen.trn_pack(weights[1:], 0), "expected 18"),
@@ -691,6 +692,30 @@ def test_step_opcheck_and_refusals():
     with pytest.raises(ValueError, match="dtype is torch.int8 for torch.float64 weights"):
         copy.deepcopy(layer).double().pack(torch.int8)
     assert [t.shape for t in layer.step(frame[:0], layer.init_state(0))] == [(0, 4), (0, 3, 4), (0, 7), (0, 7), (0, 5)]
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_words_of_a_wrong_step(reference):
+    layer = TRN(5, 7, 4, steps=3)
+    frame, state = torch.zeros(2, 5), layer.init_state(2)
+    with contextlib.ExitStack() as stack:
+        if reference:
+            stack.enter_context(pyflowgen.reference_path())
+        for args, message in (
+            ((torch.zeros(2, 6), state), r"frame has shape \(2, 6\), expected \(batch, 5\)"),
+            ((frame, layer.init_state(3)), r"h has shape \(3, 7\), expected \(2, 7\)"),
+            ((frame, state[:2]), "state has 2 tensors"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                layer.step(*args)
+        with pytest.raises(TypeError, match=r"frames is torch.float64, expected the weights' torch.float32"):
+            layer.step(frame.double(), state)
+        with pytest.raises(TypeError, match=r"frames is torch.float64"):
+            layer(frame[:, None].double())
+        with pytest.raises(ValueError, match=r"future has shape \(2, 4\)"):
+            layer(frame[:, None], (*state[:2], state[2][:, 1:]))
+        for a, b in zip(layer.step(frame), layer.step(frame, state), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_step_without_kernel():

@@ -212,6 +212,8 @@ class Recurrence(nn.Module):
         return {"h": zero, "c": zero.clone()} if self.lstm else {"h": zero}
 
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        if x.shape[1] == 0:
+            return x.new_empty(len(x), 0, self.hidden), state
         if x.shape[1] == 1 and not torch.is_grad_enabled():
             return self._step(x[:, 0], state)
         before = [state[k].transpose(0, 1).contiguous() for k in ("h", "c")[: 1 + self.lstm]]

@@ -147,12 +147,18 @@ class GRUCell(CellLayer, nn.GRUCell):
 
     _op, _states = "gru", 1
 
-    def step(self, x: Tensor, state: Tensor) -> Tensor:
+    def step(self, x: Tensor, state: Tensor | None = None) -> Tensor:
         p = self._parameters
         packed = self._pack.get("gru", p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"])  # type: ignore[arg-type]
         if packed is None or _step is None or _native._reference_only:
             return self._plain(x, state)
-        return _step(x, state, packed)
+        try:
+            return _step(x, state, packed)
+        except (IndexError, RuntimeError, TypeError):
+            found: Tensor | None = self._step_failed(x, state)
+            if found is None:
+                raise
+            return found
 
 
 # --------------------------------------------------------------------------------------------------------- fake

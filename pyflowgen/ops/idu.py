@@ -364,6 +364,12 @@ class IDU(nn.Module):
             raise ValueError(f"IDU: x has shape {tuple(x.shape)}, expected (batch, frames, {self.embedding})")
         kept, seen = self.init_cache(len(x)) if cache is None else cache
         batch, count = x.shape[:2]
+        shape = batch, self.window - 1, 2 * self.hidden
+        if kept.shape != shape or seen.shape != shape[:1]:
+            raise ValueError(
+                f"IDU: cache has shapes {tuple(kept.shape)} and {tuple(seen.shape)}, expected {shape} and ({batch},) "
+                "as init_cache gives it"
+            )
         if not count:
             return x.new_zeros(batch, 0, self.hidden), (kept, seen)
         if count == 1:

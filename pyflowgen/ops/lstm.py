@@ -161,12 +161,18 @@ class LSTMCell(CellLayer, nn.LSTMCell):
 
     _op, _states = "lstm", 2
 
-    def step(self, x: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def step(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         p = self._parameters
         packed = self._pack.get("lstm", p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"])  # type: ignore[arg-type]
         if packed is None or _step is None or _native._reference_only:
             return self._plain(x, state)
-        return _step(x, state[0], state[1], packed)
+        try:
+            return _step(x, state[0], state[1], packed)  # type: ignore[index]
+        except (IndexError, RuntimeError, TypeError):
+            found: tuple[Tensor, Tensor] | None = self._step_failed(x, state)
+            if found is None:
+                raise
+            return found
 
 
 # --------------------------------------------------------------------------------------------------------- fake

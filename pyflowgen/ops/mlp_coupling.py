@@ -6,7 +6,7 @@ In this order: reference, function with its gradient, fake.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -442,13 +442,13 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-def _named(module: nn.Module) -> str | None:
+def named(module: nn.Module) -> str | None:
     """The activation that this module is."""
     plain = (
         module.negative_slope == 0.01 if isinstance(module, nn.LeakyReLU)
@@ -456,29 +456,33 @@ def _named(module: nn.Module) -> str | None:
         else module.alpha == 1 if isinstance(module, nn.ELU)
         else True
     )  # fmt: skip
-    return _ACTIVATIONS.get(type(module)) if plain and not _hooked(module) else None
+    return _ACTIVATIONS.get(type(module)) if plain and not hooked(module) else None
 
 
-def _residual(net: nn.Module, blocks: Sequence[Any]) -> tuple[list[Tensor], list[Tensor | None], str, int] | None:
+# (weights, biases, activation, residual blocks) of a network
+Network = tuple[list[Tensor], list[Tensor | None], str, int]
+
+
+def _residual(net: nn.Module, blocks: Sequence[Any]) -> Network | None:
     """`_layers` of a residual network with these blocks."""
     layers, expected, name = [net.initial_layer], ["none"], blocks[0].linear_layers[0].activation
     for block in blocks:
-        if _hooked(block) or _named(block.activation) != name:
+        if hooked(block) or named(block.activation) != name:
             return None
         layers += [*block.linear_layers, *([] if block.context_layer is None else [block.context_layer])]
         expected += [name, *["none"] * (len(layers) - len(expected) - 1)]
     layers.append(net.final_layer)
     expected.append("none")
     for layer, activation in zip(layers, expected, strict=True):
-        if type(layer) is not product.Linear or layer.activation != activation or _hooked(layer):
+        if type(layer) is not product.Linear or layer.activation != activation or hooked(layer):
             return None
-    if _hooked(net) or len(layers) > _MOST_LAYERS:
+    if hooked(net) or len(layers) > _MOST_LAYERS:
         return None
     linear: Any = layers
     return [layer.weight for layer in linear], [layer.bias for layer in linear], name, len(blocks)
 
 
-def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[Tensor | None], str, int] | None:
+def _layers(conditioner: nn.Module, context: bool) -> Network | None:
     """(weights, biases, activation, residual blocks) of a plain perceptron, of ours or an `nn.Sequential`; else None.
 
     A layer with hooks, a parametrisation or a class of its own is more than its weight, and runs by itself.
@@ -491,21 +495,25 @@ def _layers(conditioner: nn.Module, context: bool) -> tuple[list[Tensor], list[T
     net: Any = conditioner if not context else None
     if hasattr(kind, "perceptron"):
         net = conditioner.perceptron()  # type: ignore[operator]
-    if type(net) is not nn.Sequential or _hooked(conditioner) or _hooked(net):
+    if type(net) is not nn.Sequential or hooked(conditioner) or hooked(net):
         return None
+    return perceptron(net._modules.values())
+
+
+def perceptron(modules: Iterable[Any], linear: type = nn.Linear) -> Network | None:
+    """What linear layers and activations in this order are, or None; `linear` has the parameters of `nn.Linear`."""
     weights: list[Tensor] = []
     biases: list[Tensor | None] = []
     after: list[str] = []  # the activation after each
-    module: Any
-    for module in net._modules.values():
+    for module in modules:
         kind = type(module)
-        if kind is product.Linear or kind is nn.Linear:
-            if _hooked(module):
+        if kind is product.Linear or kind is linear:
+            if hooked(module):
                 return None
             weights.append(module._parameters["weight"])
             biases.append(module._parameters["bias"])
             after.append(module.activation if kind is product.Linear else "none")
-        elif (name := _named(module)) is not None and after and after[-1] == "none":
+        elif (name := named(module)) is not None and after and after[-1] == "none":
             after[-1] = name
         else:
             return None
@@ -545,9 +553,6 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
     found = _layers(layer.conditioner, context is not None)
     if found is None:
         return None
-    weights, biases, activation, blocks = found
-    if activation not in product._FUSED or sum(w.numel() for w in weights) > _LARGEST:
-        return None
     channels, mask = x.shape[-1], None
     if layer.mask == "tensor":
         mask, conditioning, transformed = layer.transformed, channels, channels
@@ -562,28 +567,55 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
         first, second = channels - channels // 2, channels // 2
         same, part = ((first, 1), (0, 1)) if layer.swap else ((0, 1), (first, 1))
         conditioning, transformed = (second, first) if layer.swap else (first, second)
-    last = weights[-1]
-    if (
-        weights[0].shape[1] != conditioning + (0 if context is None else context.shape[-1])
-        or (blocks and len(weights) != 2 + (2 if context is None else 3) * blocks)
-        or last.shape[0] != per * transformed
-        or last.dtype is not x.dtype
-        or last.device != x.device
-        or (context is not None and (context.dtype is not x.dtype or context.dim() != x.dim()))
-    ):
+    if not fits(found, x, context, conditioning, per * transformed):
         return None  # layer by layer, which finds the words for what does not fit
+    weights, biases, activation, blocks = found
     return Step(
         tuple(weights), tuple(biases), product._FUSED[activation], same, part, scale, shift_first, inverse, code, mask,
         spline=kind, numbers=numbers, blocks=blocks,
     )  # fmt: skip
 
 
+def fits(network: Network, x: Tensor, context: Tensor | None, conditioning: int, parameters: int) -> bool:
+    """Whether the operator runs this network, from so many channels of x to so many parameters."""
+    weights, _, activation, blocks = network
+    last = weights[-1]
+    return (
+        activation in product._FUSED
+        and sum(w.numel() for w in weights) <= _LARGEST
+        and weights[0].shape[1] == conditioning + (0 if context is None else context.shape[-1])
+        and (not blocks or len(weights) == 2 + (2 if context is None else 3) * blocks)
+        and last.shape[0] == parameters
+        and last.dtype is x.dtype
+        and last.device == x.device
+        and (context is None or (context.dtype is x.dtype and context.dim() == x.dim()))
+    )
+
+
+def _steps(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> Sequence[Step] | None:
+    """A layer that holds a coupling as steps, the last of which may permute the channels only; None: not in one."""
+    if isinstance(layer, Steps):
+        found = layer.steps(x, context, inverse)
+    else:
+        step = _step(layer, x, context, inverse)
+        found = None if step is None else [step]
+    return None if found is None or not all(_on_gpu(x, step) for step in found) else found
+
+
+class Steps(Bijection):
+    """A map that says itself what it is for the operator."""
+
+    def steps(self, x: Tensor, context: Tensor | None, inverse: bool) -> Sequence[Step] | None:
+        """The map, or its inverse, as steps with one coupling; None where it is more than that."""
+        raise NotImplementedError
+
+
 def _one(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor] | None:
     """A coupling layer in one operator, or None."""
     if product._PLAIN or not runs(x, "relu") or x.dim() == 0:
         return None
-    step = _step(layer, x, context, inverse)
-    return None if step is None or not _on_gpu(x, step) else run(x, context, [step])
+    found = _steps(layer, x, context, inverse)
+    return None if found is None else run(x, context, found)
 
 
 def _many(
@@ -595,34 +627,42 @@ def _many(
     steps: list[Step] = []
     taken = couplings = 0
     for layer, inverse in layers:
-        if _hooked(layer) or len(steps) > _MOST_STEPS:
+        if hooked(layer) or len(steps) > _MOST_STEPS:
             break
-        before = steps[-1] if steps and not steps[-1].weights else None
         channelwise = layer.channelwise(x, inverse)
         if channelwise is not None:
             index, scaled, log_scale, shift = channelwise
-            if before is None or before.scaled or (index is not None and before.permutation is not None):
-                steps.append(Step(permutation=index, scaled=scaled, log_scale=log_scale, shift=shift))
-            elif index is not None:
-                steps[-1] = before._replace(permutation=index)
-            else:
-                steps[-1] = before._replace(scaled=scaled, log_scale=log_scale, shift=shift)
+            new: Sequence[Step] = [Step(permutation=index, scaled=scaled, log_scale=log_scale, shift=shift)]
         else:
-            step = _step(layer, x, context, inverse)
-            if step is None or not _on_gpu(x, step):
+            found = _steps(layer, x, context, inverse)
+            if found is None:
                 break
+            new = found
             couplings += 1
-            if before is None:
-                steps.append(step)
-            else:
-                steps[-1] = step._replace(
-                    permutation=before.permutation, scaled=before.scaled, log_scale=before.log_scale, shift=before.shift
-                )
+        for step in new:
+            _append(steps, step)
         taken += 1
     if not couplings:
         return None
     y, logdet = run(x, context, steps)
     return taken, y, logdet
+
+
+def _append(steps: list[Step], step: Step) -> None:
+    """Put a step behind the others, into the last one where that does nothing after what the new one begins with."""
+    before = steps[-1] if steps and not steps[-1].weights else None
+    if (
+        before is None
+        or (step.permutation is not None and (before.scaled or before.permutation is not None))
+        or (step.scaled and before.scaled)
+    ):
+        steps.append(step)
+        return
+    if step.permutation is None:
+        step = step._replace(permutation=before.permutation)
+    if not step.scaled:
+        step = step._replace(scaled=before.scaled, log_scale=before.log_scale, shift=before.shift)
+    steps[-1] = step
 
 
 coupling.whole_layer = _one

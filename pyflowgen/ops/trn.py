@@ -495,6 +495,7 @@ class TRN(nn.Module):
             sizes = self.hidden, self.hidden, self.features
             h, c, future = (frames.new_zeros(len(frames), size) for size in sizes)
             state = h, c, future
+        self._check_state(state, len(frames), frames)
         h, c, future = state
         p = self.dropout if self.training else 0.0
         compiling = torch.compiler.is_compiling()
@@ -565,13 +566,16 @@ class TRN(nn.Module):
         h, c, future = (self.classifier.weight.new_zeros(batch, n) for n in (self.hidden, self.hidden, self.features))
         return h, c, future
 
-    def step(self, frame: Tensor, state: tuple[Tensor, Tensor, Tensor]) -> TRNOutput:
+    def step(self, frame: Tensor, state: tuple[Tensor, Tensor, Tensor] | None = None) -> TRNOutput:
         """The next frame ``(batch, features)`` of streams: :meth:`forward` of it alone, the time dimension left out.
+        Without a state, the first one.
 
         Without dropout and without gradients, on weights packed once (see :meth:`pack`). They are packed anew when a
         parameter is another tensor, lies elsewhere or counts another version, and after :meth:`train` and ``eval``:
         torch's fused optimizers write without counting.
         """
+        if state is None:
+            state = self.init_state(len(frame) if frame.dim() else 0)
         made = _streams.get(self)
         if tracing() or _native.reference_only():
             made = None
@@ -579,13 +583,36 @@ class TRN(nn.Module):
             usable = _use_kernel(frame, *state, (self.classifier.weight,)) and _packs(frame)
             made = self._packed(thorough=False) if usable else None
         if made is not None:
-            return self._one(made, self._storage, frame, *state)
-        if frame.dim() != 2 or frame.shape[1] != self.features:
-            raise ValueError(f"TRN: frame has shape {tuple(frame.shape)}, expected (batch, {self.features})")
+            try:
+                return self._one(made, self._storage, frame, *state)
+            except (RuntimeError, TypeError):  # the operator checks everything; this finds the words
+                self._check_step(frame, state)
+                raise
+        self._check_step(frame, state)
         with torch.no_grad():
             x = self.feature_extractor(frame)[:, None]
             scores, ahead, *after = trn(x, *state, self.weights(), steps=self.steps, pool=self.pool, start=self.start)
         return TRNOutput(scores[:, 0], ahead[:, 0], *after)
+
+    def _check_step(self, frame: Tensor, state: tuple[Tensor, ...]) -> None:
+        if frame.dim() != 2 or frame.shape[1] != self.features:
+            raise ValueError(f"TRN: frame has shape {tuple(frame.shape)}, expected (batch, {self.features})")
+        self._check_state(state, len(frame), frame)
+
+    def _check_state(self, state: tuple[Tensor, ...], batch: int, x: Tensor) -> None:
+        if len(state) != 3:
+            raise ValueError(f"TRN: state has {len(state)} tensors, expected h, c and future")
+        for name, value, size in zip(
+            ("h", "c", "future"), state, (self.hidden, self.hidden, self.features), strict=True
+        ):
+            if value.shape != (batch, size):
+                raise ValueError(f"TRN: {name} has shape {tuple(value.shape)}, expected ({batch}, {size})")
+        weight = self.classifier.weight
+        if torch.is_autocast_enabled(weight.device.type):
+            return
+        for name, value in zip(("frames", "h", "c", "future"), (x, *state), strict=True):
+            if value.dtype != weight.dtype:
+                raise TypeError(f"TRN: {name} is {value.dtype}, expected the weights' {weight.dtype}")
 
     def train(self, mode: bool = True) -> TRN:
         _streams.pop(self, None)
