@@ -1,4 +1,4 @@
-"""exp, log, tanh, softplus, atan for float32 and float64 blocks.
+"""exp, log, tanh, softplus, atan, the normal distribution for float32 and float64 blocks.
 
 The polynomials and edges of ``csrc/formula/elementary.h``, which see. Triton's own ``tl.exp`` and ``tl.log`` are the
 GPU's approximate instructions in float32 (an error that grows with the argument) and its libdevice does not run in the
@@ -249,3 +249,39 @@ def atan(x):
         )  # fmt: skip
     y = t * z * tail + t
     return with_sign_of(x, tl.where(a > 1, 1.57079632679489661923 - y, y))
+
+
+@triton.jit
+def normal(x):
+    """The standard normal distribution's Phi(x), and e^(-x^2/2)."""
+    # a's upper half squared is exact: what rounding a^2/2 leaves out is known
+    if x.dtype == tl.float64:
+        a = at_most(tl.abs(x), 39.0)
+        upper = (a.to(tl.int64, bitcast=True) & -134217728).to(tl.float64, bitcast=True)
+        q = (a - 6.0) / (a + 6.0)
+        p = horner(
+            q,
+            (0.45345520027112796, -0.0850253623057707, 0.03981142456242683, -0.00437338677959595, -0.016141517332057008,
+             0.022592467062881844, -0.019766479222629245, 0.013246864152152999, -0.007059819394863694,
+             0.002935655538050905, -0.0008689948160953325, 0.00011948952374797402, 3.7795429634074946e-05,
+             -2.6352856104028564e-05, 4.411274547408162e-06, 1.782446479784095e-06, -9.98212226980031e-07,
+             1.671511423192584e-09, 1.31642567384161e-07, -2.181881865158489e-08, -1.5780026161361482e-08,
+             3.59170781101061e-09, 1.803838188253382e-09),
+        )  # fmt: skip
+    else:
+        a = at_most(tl.abs(x), 15.0)
+        upper = (a.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+        q = divide(a - 4.0, a + 4.0)
+        p = horner(
+            q,
+            (0.472053200006485, -0.09670347720384598, 0.014000090770423412, 0.028600487858057022, -0.03220316395163536,
+             0.017932957038283348, -0.00498223165050149, -0.0002684409555513412, 0.0006741099059581757,
+             -0.00011438697401899844, -9.486803173786029e-05),
+        )  # fmt: skip
+    square = 0.5 * upper * upper
+    rest = 0.5 * (a - upper) * (a + upper)
+    t = square + rest
+    e = exp(-t)
+    e = e - e * ((square - t) + rest)
+    tail = e * divide(p, a + 1.0)
+    return tl.where(x < 0, tail, 1.0 - tail), e

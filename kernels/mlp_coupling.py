@@ -16,8 +16,8 @@ Floor, for w weights and a row of c channels: 2 w operations forward and 4 w bac
 forward, 4 c backward, and `saved` three times where it is kept. The kernels do that; rows, weights and the sizes
 between are padded to tiles of 16 or 32, 64 and 32.
 
-Limits: perceptrons and residual blocks without gates, of up to 16 products; every fused activation of `linear` but
-gelu; float32 and float64. Any width fits, but the layers ask for it up to 256 hidden features: from there on one
+Limits: perceptrons and residual blocks, gated by a context or not, of up to 16 products; every fused activation of
+`linear`; float32 and float64. Any width fits, but the layers ask for it up to 256 hidden features: from there on one
 product fills a GPU by itself. Products are in full float32 unless torch's own setting for matrix products allows tf32.
 """
 
@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from pyflowgen.kernels import tile
 from pyflowgen.kernels.affine_coupling import transform, transform_backward
-from pyflowgen.kernels.elementary import exp, expm1, sigmoid, tanh
+from pyflowgen.kernels.elementary import exp, expm1, normal, sigmoid, tanh
 from pyflowgen.kernels.rational_quadratic_spline import spline, spline_backward
 from torch import Tensor
 
@@ -42,6 +42,7 @@ LEAKY_RELU = tl.constexpr(2)
 SILU = tl.constexpr(3)
 TANH = tl.constexpr(4)
 SIGMOID = tl.constexpr(5)
+GELU = tl.constexpr(6)
 ELU = tl.constexpr(7)
 INTERLEAVED = 2
 OPTIONS, NUMBERS = 17, 11  # of a step
@@ -62,6 +63,9 @@ def activate(z, ACTIVATION: tl.constexpr):
         return tanh(z)
     elif ACTIVATION == SIGMOID:
         return sigmoid(z)
+    elif ACTIVATION == GELU:
+        cdf, _ = normal(z)
+        return z * cdf
     elif ACTIVATION == ELU:
         return tl.where(z > 0, z, expm1(tl.where(z > 0, 0.0, z)))
     else:
@@ -83,6 +87,9 @@ def activate_backward(g, z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == SIGMOID:
         s = sigmoid(z)
         return g * s * (1.0 - s)
+    elif ACTIVATION == GELU:
+        cdf, bell = normal(z)
+        return g * (z * (bell * 0.398942280401432677940) + cdf)  # 1 / sqrt(2 pi)
     elif ACTIVATION == ELU:
         return tl.where(z > 0, g, g * exp(tl.where(z > 0, 0.0, z)))
     else:
@@ -112,9 +119,10 @@ def load_layer(
     """What goes into product L, columns k."""
     if L == 0:
         return load_input(x, context, mask, row, there, k, C.channels, C.same, C.context)
+    elif C.gates[L]:
+        return tl.load(context + (row * N + k), mask=there & (k < N), other=0.0)
     else:
-        before: tl.constexpr = C.before[L - 1]
-        z = tl.load(saved + (saved_rows * before + place * N + k), mask=there & (k < N), other=0.0)
+        z = tl.load(saved + (saved_rows * C.source[L] + place * N + k), mask=there & (k < N), other=0.0)
         if C.blocks == 0 or C.layers > L + 1:
             z = activate(z, C.activation)
         return z
@@ -204,9 +212,14 @@ def product(
         if bias is not None:
             total += tl.load(bias + n, mask=n < OUT, other=0.0)
         inside = there & (n < OUT)
-        if C.blocks > 0 and L > 0 and L % 2 == 0:  # a residual block's second product
-            total += tl.load(saved + (saved_rows * C.before[L - 2] + place * OUT + n), mask=inside, other=0.0)
-        tl.store(saved + (saved_rows * C.before[L] + place * OUT + n), total, mask=inside)
+        at = place * OUT + n
+        if C.gates[L]:  # its factor's argument, then what the block gives
+            added = tl.load(saved + (saved_rows * C.before[L - 1] + at), mask=inside, other=0.0)
+            h = tl.load(saved + (saved_rows * C.residual[L] + at), mask=inside, other=0.0)
+            tl.store(saved + (saved_rows * (C.before[L] + OUT) + at), h + added * sigmoid(total), mask=inside)
+        elif C.residual[L] >= 0:  # a residual block's second product
+            total += tl.load(saved + (saved_rows * C.residual[L] + at), mask=inside, other=0.0)
+        tl.store(saved + (saved_rows * C.before[L] + at), total, mask=inside)
 
 
 # -------------------------------------------------------------------------------------------------------- the transform
@@ -309,6 +322,17 @@ def product_backward(
     IN: tl.constexpr = C.inputs[L]
     OUT: tl.constexpr = C.outputs[L]
     dtype: tl.constexpr = dx.dtype.element_ty
+    if C.gates[L]:  # from the gradient of what the block gives to those of the factor's argument and what it multiplies
+        for first in tl.range(0, OUT, COLS):
+            n = first + tl.arange(0, COLS)[None, :]
+            inside = there & (n < OUT)
+            at = row * OUT + n
+            g = tl.load(gradients + (saved_rows * (C.before[L] + OUT) + at), mask=inside, other=0.0)
+            s = sigmoid(tl.load(saved + (saved_rows * C.before[L] + at), mask=inside, other=0.0))
+            added = tl.load(saved + (saved_rows * C.before[L - 1] + at), mask=inside, other=0.0)
+            tl.store(gradients + (saved_rows * C.before[L - 1] + at), g * s, mask=inside)
+            tl.store(gradients + (saved_rows * C.before[L] + at), g * added * s * (1.0 - s), mask=inside)
+        tl.debug_barrier()
     for first in tl.range(0, IN, COLS):
         n = first + tl.arange(0, COLS)[None, :]
         total = tl.zeros([ROWS, COLS], dtype)
@@ -319,12 +343,15 @@ def product_backward(
             w = tl.load(weight + (k[:, None] * IN + n), mask=(k < OUT)[:, None] & (n < IN), other=0.0)
             total = tl.dot(g, w, total, input_precision=C.precision, out_dtype=dtype)
         inside = there & (n < IN)
-        if L > 0:
-            at = saved_rows * C.before[L - 1] + row * IN + n
+        if C.gates[L]:
+            at = row * IN + n
+            tl.store(dcontext + at, tl.load(dcontext + at, mask=inside, other=0.0) + total, mask=inside)
+        elif L > 0:
+            at = saved_rows * C.source[L] + row * IN + n
             if C.blocks == 0 or C.layers > L + 1:
                 total = activate_backward(total, tl.load(saved + at, mask=inside, other=0.0), C.activation)
-            if C.blocks > 0 and L % 2 == 1 and C.layers > L + 1:  # a residual block's input goes on behind it
-                total += tl.load(gradients + (saved_rows * C.before[L + 1] + row * IN + n), mask=inside, other=0.0)
+            if C.behind[L] >= 0:  # a residual block's input goes on behind it
+                total += tl.load(gradients + (saved_rows * C.behind[L] + row * IN + n), mask=inside, other=0.0)
             tl.store(gradients + at, total, mask=inside)
         else:
             same = inside & (n < C.same[2])
@@ -384,6 +411,10 @@ class Constants(NamedTuple):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     before: tuple[int, ...]  # columns of `saved` before each product's
+    gates: tuple[bool, ...]  # whether a product is of the context and gates a residual block
+    source: tuple[int, ...]  # columns before what goes into a product, if it is in `saved`
+    residual: tuple[int, ...]  # columns before what is added to a product's result, or -1
+    behind: tuple[int, ...]  # columns before what its residual block gives, of a block's first product, or -1
     activation: int
     blocks: int
     channels: int
@@ -435,11 +466,13 @@ class _Step:
         self.scaled, self.columns = scaled, 0
         if not layers:
             return
-        if blocks and layers != 2 + 2 * blocks:
-            _fail("residual blocks with gates are not for this kernel")
-        if activation not in (0, 1, 2, 3, 4, 5, 7):
+        gated = blocks > 0 and layers == 2 + 3 * blocks
+        if (blocks and not gated and layers != 2 + 2 * blocks) or (gated and call.context is None):
+            _fail(f"{blocks} residual blocks have {layers} weights, with a context or without")
+        if not 0 <= activation <= 7:
             _fail(f"activation {activation} is not for this kernel")
         inputs, outputs = [w.shape[1] for w in self.weights], [w.shape[0] for w in self.weights]
+        gates = [gated and 0 < i < layers - 1 and i % 3 == 0 for i in range(layers)]
         channels, context = call.x.shape[-1], 0 if call.context is None else call.context.shape[-1]
         same = inputs[0] - context
         each = 3 * bins + (1, -1, 0, 1)[tails] if bins else 2 if scale and layout == INTERLEAVED else 1
@@ -450,19 +483,31 @@ class _Step:
             if first < 0 or by < 1 or size < 1 or first + (size - 1) * by >= channels:
                 _fail(f"start={first}, step={by} with {size} channels by the weights reach beyond x's {channels}")
         for i, w in enumerate(self.weights):
-            if (i and inputs[i] != outputs[i - 1]) or w.dtype != call.x.dtype or w.device != call.x.device:
+            given = context if gates[i] else outputs[i - 1] if i else inputs[0]
+            if inputs[i] != given or w.dtype != call.x.dtype or w.device != call.x.device:
                 _fail(f"weight {i} is {w.dtype} of shape {tuple(w.shape)} on {w.device}, which does not fit")
         clamp, *constants, edge, clip, factor = numbers
-        self.columns = sum(outputs)
+        # A gate's product keeps what its block gives as well.
+        widths = [2 * out if gate else out for out, gate in zip(outputs, gates, strict=True)]
+        self.columns, before = sum(widths), (0, *itertools.accumulate(widths[:-1]))
+        given_at = [start + (out if gate else 0) for start, out, gate in zip(before, outputs, gates, strict=True)]
+        each_block = 3 if gated else 2
+        source = (0, *given_at[:-1])
+        first = [0 < i < layers - 1 and blocks > 0 and i % each_block == 1 for i in range(layers)]
+        residual, behind = [-1] * layers, [-1] * layers
+        for i in range(layers):
+            if first[i]:
+                last = i + each_block - 1
+                residual[last], behind[i] = source[i], given_at[last]
         tiles = [
             triton.cdiv(o, WEIGHT_TILE) * triton.cdiv(i, WEIGHT_TILE) for i, o in zip(inputs, outputs, strict=True)
         ]
         sizes = [i * o for i, o in zip(inputs, outputs, strict=True)]
         places = [0, *itertools.accumulate((*sizes, *outputs))]
         self.constants = Constants(
-            layers, tuple(inputs), tuple(outputs), (0, *itertools.accumulate(outputs[:-1])), activation, blocks,
-            channels, context, (same_start, same_step, same), (start, step, count), scale, clamp, bool(shift_first),
-            bool(inverse), outputs[-1], each, 1 if layout == INTERLEAVED else count, bins,
+            layers, tuple(inputs), tuple(outputs), before, tuple(gates), source, tuple(residual), tuple(behind),
+            activation, blocks, channels, context, (same_start, same_step, same), (start, step, count), scale, clamp,
+            bool(shift_first), bool(inverse), outputs[-1], each, 1 if layout == INTERLEAVED else count, bins,
             triton.next_power_of_2(max(bins, 2)), convention, tails,
             (*constants, edge, 1 / clip if clip > 0 else 0.0, factor), precision(call.x.device),
             (0, *itertools.accumulate(tiles)), tuple(places[:layers]), tuple(places[layers:-1]), places[-1],

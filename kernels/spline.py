@@ -291,9 +291,9 @@ class Call:
     def __init__(
         self, op: str, x: Tensor, given: dict[str, tuple[Tensor | None, int]], each: int, bound: Tensor | None,
         circular: Tensor | None, mask: Tensor | None, bins: int, layout: int, start: int, step: int, kind: int,
-        tails: int, numbers: tuple[float, ...], inverse: bool, event_dim: int,
+        tails: int, numbers: tuple[float, ...], inverse: bool, event_dim: int, block: int = BLOCK,
     ) -> None:  # fmt: skip
-        self.op = op
+        self.op, self.block = op, block
         if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             self.fail(f"x is {x.dtype}, expected float64, float32, bfloat16 or float16")
         if not 0 <= event_dim <= x.dim():
@@ -397,7 +397,7 @@ class Call:
 
     def tiles(self) -> tile.Tiles:
         batch, _, inner, _, _, count = self.sizes
-        size = BLOCK // self.options["SIZE"] // (4 if self.accumulator == torch.float64 else 1)
+        size = max(1, self.block // self.options["SIZE"] // (4 if self.accumulator == torch.float64 else 1))
         return tile.tiles(batch, count * inner, size)
 
     def forward(self, element: Any) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,6 @@ WITHOUT = {
     },
     "invertible_linear": {layer.format("invertible_linear"): "its kernels for GPUs are Triton's" for layer in GPU[:2]},
     "idu": {layer.format("idu"): "Triton alone on GPUs" for layer in GPU if layer.startswith("csrc")},
-    "polynomial_spline": {GPU[2].format("polynomial_spline"): "CUDA C++ alone on GPUs; elsewhere the reference runs"},
     "trn": {
         "csrc/formula/trn.h": "its cells are formula/lstm.h's",
         "kernels/trn.py": "a clip needs a barrier of the grid: CUDA C++ alone",

@@ -21,6 +21,7 @@ from pyflowgen.kernels import gru as gru_kernels  # noqa: E402
 from pyflowgen.kernels import invertible_linear as linear_kernels  # noqa: E402
 from pyflowgen.kernels import lstm as lstm_kernels  # noqa: E402
 from pyflowgen.kernels import mlp_coupling as mlp_kernels  # noqa: E402
+from pyflowgen.kernels import polynomial_spline as polynomial_kernels  # noqa: E402
 from pyflowgen.kernels import rational_quadratic_spline as spline_kernels  # noqa: E402
 from pyflowgen.kernels import slogdet as slogdet_kernels  # noqa: E402
 from pyflowgen.kernels import tile  # noqa: E402
@@ -76,7 +77,8 @@ print(all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(got, want))
 
 MODULES = {
     "affine_coupling": kernels,
-    "invertible_linear": linear_kernels, "mlp_coupling": mlp_kernels, "rational_quadratic_spline": spline_kernels, "slogdet": slogdet_kernels,
+    "invertible_linear": linear_kernels, "mlp_coupling": mlp_kernels, "polynomial_spline": polynomial_kernels,
+    "rational_quadratic_spline": spline_kernels, "slogdet": slogdet_kernels,
 }  # fmt: skip
 
 
@@ -172,9 +174,29 @@ def spline_case(
     return call
 
 
+def polynomial_case(
+    shape: tuple[int, ...], bins: int, dtype: torch.dtype, degree: int, tails: int, *, inverse: bool = False,
+    event_dim: int = 1, part: tuple[int, int] = (0, 1), mask: bool = False, last: bool = False,
+) -> Callable[[], None]:  # fmt: skip
+    def call() -> None:
+        x, dim = torch.empty(shape, dtype=dtype), len(shape) - event_dim
+        each = bins if degree == 1 else 2 * bins + (2 if degree == 3 else -1 if tails else 1)
+        count = list(shape)
+        count[dim] = (count[dim] // 2 if part != (0, 1) else count[dim]) * (1 if last else each)
+        params = x.new_empty([*count, each] if last else count)
+        masked = torch.ones(shape[dim:], dtype=torch.bool) if mask else None
+        numbers = (-3.0, 3.0, -3.0, 3.0, *([0.0, 0.0] if degree == 1 else [1e-3, 1e-3]), 1.0)
+        options = (
+            x, params, None, masked, degree, bins, 0 if last else 1, *part, tails, *numbers, inverse, event_dim,
+        )  # fmt: skip
+        polynomial_kernels.polynomial_spline_backward(*polynomial_kernels.polynomial_spline(*options), *options)
+
+    return call
+
+
 def mlp_case(
     rows: int, channels: int, hidden: list[int], *, activation: int = 1, blocks: int = 0, bins: int = 0,
-    context: int = 0, mask: bool = False, inverse: bool = False,
+    context: int = 0, gated: bool = False, mask: bool = False, inverse: bool = False,
 ) -> Callable[[], None]:  # fmt: skip
     def call() -> None:
         same = channels if mask else channels // 2
@@ -182,7 +204,10 @@ def mlp_case(
         sizes = [same + context, *hidden, count * (3 * bins - 1 if bins else 2)]
         x = torch.empty(rows, channels)
         weights = [x.new_empty(b, a) for a, b in itertools.pairwise(sizes)]
-        biases = [x.new_empty(size if i else 0) for i, size in enumerate(sizes[1:])]
+        if gated:
+            for i in range(blocks):
+                weights.insert(3 + 3 * i, x.new_empty(hidden[0], context))
+        biases = [x.new_empty(len(w) if i else 0) for i, w in enumerate(weights)]
         tensors = (
             x, x.new_empty(rows, context) if context else None, weights, biases,
             [torch.ones(channels, dtype=torch.bool) if mask else x.new_empty(0)], [], [], [],
@@ -234,6 +259,12 @@ SPLINES = [
     *((spline_case((8192, 64), 8, torch.float32, 2, 0, 1, part=(32, 1)), target) for target in TARGETS[::2]),
     (spline_case((8, 6, 8, 8), 5, torch.bfloat16, 2, 1, 2, inverse=True, event_dim=3, mask=True), TARGETS[3]),
     (spline_case((8192, 6), 17, torch.float64, 0, 2, 3, inverse=True), TARGETS[1]),
+    (polynomial_case((8192, 64), 8, torch.float32, 3, 1, part=(32, 1)), TARGETS[0]),
+    (polynomial_case((8192, 6), 8, torch.float32, 3, 1, inverse=True, last=True), TARGETS[3]),
+    (polynomial_case((8, 6, 8, 8), 5, torch.bfloat16, 2, 1, event_dim=3, mask=True), TARGETS[3]),
+    (polynomial_case((8192, 6), 17, torch.float64, 2, 0, inverse=True), TARGETS[1]),
+    (polynomial_case((8192, 64), 8, torch.float32, 2, 1, last=True), TARGETS[2]),
+    (polynomial_case((8192, 64), 33, torch.float16, 1, 1, inverse=True), TARGETS[2]),
 ]
 
 
@@ -261,6 +292,8 @@ COUPLINGS = [
     (mlp_case(1024, 64, [64, 64, 64], blocks=1), TARGETS[2]),
     (mlp_case(16384, 7, [33], activation=3, context=5, mask=True, inverse=True), TARGETS[3]),
     (mlp_case(1024, 64, [64], bins=8), TARGETS[1]),
+    (mlp_case(1024, 64, [64, 64, 64], activation=6, blocks=1, context=5, gated=True), TARGETS[0]),
+    (mlp_case(1024, 64, [64, 64, 64], activation=6, blocks=1, context=5, gated=True), TARGETS[3]),
 ]
 
 

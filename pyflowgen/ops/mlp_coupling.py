@@ -201,8 +201,8 @@ def mlp_coupling(
 
     Returns:
         ``(y, logdet)`` as :func:`affine_coupling`. float32 and float64 run here; anything else, autocast and
-        the activations that :func:`linear` does not fuse are evaluated layer by layer, and on a GPU gates, GELU and
-        hidden layers wider than 256, too.
+        the activations that :func:`linear` does not fuse are evaluated layer by layer, and on a GPU hidden layers
+        wider than 256, too.
 
     Raises:
         ValueError: a shape or option that does not fit, named with what was expected.
@@ -256,11 +256,7 @@ def _on_gpu(x: Tensor, step: Step) -> bool:
     """
     if not _native.by_triton("mlp_coupling", x):
         return True
-    return (
-        _NAMES[step.activation] != "gelu"
-        and (not step.blocks or len(step.weights) == 2 + 2 * step.blocks)
-        and all(w.shape[0] <= _GPU_WIDEST for w in step.weights[:-1])
-    )
+    return all(w.shape[0] <= _GPU_WIDEST for w in step.weights[:-1])
 
 
 def run(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
