@@ -360,8 +360,6 @@ def test_detect_goes_on_bit_for_bit(trained, tmp_path):
 
 def test_detect_on_short_weights(trained, tmp_path):
     path = csv_of(toy_streams().test[0], tmp_path / "s.csv")
-    if trained.name == "idn":
-        return fails("detect", trained, path, "--pack", "int8", words=["--pack int8", "IDN"])
     want = scores_of(run("detect", trained, path).stdout)
     for storage in ("bf16", "int8"):
         got = scores_of(run("detect", trained, path, "--pack", storage).stdout)

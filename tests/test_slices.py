@@ -62,6 +62,7 @@ SHARED = {
     "csrc/cpu/gemm.simd.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/packed_row.simd.cpp",
+    "csrc/cpu/stream_product.simd.cpp",
     "csrc/cpu/team.cpp",
     "csrc/module.cpp",
     "kernels/tile.py",
