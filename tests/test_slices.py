@@ -308,9 +308,10 @@ def test_every_public_name_is_documented(name: str) -> None:
         assert ">>>" in thing.__doc__, "no example"
 
 
-def test_examples_of_the_readme() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/detection.md"])
+def test_examples_of_the_pages(page: str) -> None:
     torch.manual_seed(0)
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    result = doctest.testfile(str(ROOT / page), module_relative=False)
     assert result.attempted > 3 and result.failed == 0
 
 
