@@ -18,7 +18,9 @@ from .harness import Case, Factory, normal
 WINDOW = 16
 # batch, features, hidden
 SIZES = [(1, 3072, 512), (16, 3072, 512), (16, 128, 64)]
-STEPS = [(1, 3072, 512), (1, 128, 64)]
+STORAGE = {"": None, " bf16": torch.bfloat16, " int8": torch.int8}
+# What weights of 16 and 8 bits may be off by, of the largest entry.
+SLACK = {"": 0.0, " bf16": 1e-2, " int8": 5e-2}
 QUICK = {(16, 128, 64)}
 
 
@@ -69,39 +71,44 @@ class _Stream(_Unit):
     def window(self, x: Tensor) -> Tensor:
         if self.cache is None:
             self.cache = self.idu.frames(self.embed(x[:, :-1]))[1]
-        h: Tensor = self.idu.frames(self.embed(x[:, -1:]), self.cache)[0]
-        return h[:, 0]
+        h: Tensor = self.idu.step(self.embed(x[:, -1]), self.cache)[0]
+        return h
 
 
-def provider(kind: type[_Unit], features: int, hidden: int, reference: bool = True) -> Factory:
+def provider(
+    kind: type[_Unit], features: int, hidden: int, reference: bool = True, storage: torch.dtype | None = None
+) -> Factory:
     def make(device: torch.device, dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
-        return kind(features, hidden, reference).to(device, dtype)
+        unit = kind(features, hidden, reference).to(device, dtype)
+        unit.idu.pack(storage)
+        return unit
 
     return make
 
 
-def case(batch: int, features: int, hidden: int, stream: bool = False) -> Case:
+def case(batch: int, features: int, hidden: int, stream: bool = False, short: str = "") -> Case:
     once = 2 * hidden**2 + WINDOW * 2 * hidden**2  # products of the current chunk, and the recurrence
     flops = 2.0 * batch * ((1 if stream else WINDOW) * (features * hidden + 2 * hidden**2) + once)
     unit = _Stream if stream else _Unit
     return Case(
         op="idu",
-        shape=f"{batch}x{1 if stream else WINDOW}x{features} -> {hidden}" + (" stream" if stream else ""),
+        shape=f"{batch}x{1 if stream else WINDOW}x{features} -> {hidden}" + (" stream" if stream else "") + short,
         dtype=torch.float32,
         inputs=normal((batch, WINDOW, features)),
         providers={
             "eager": provider(unit, features, hidden),
             "published": provider(_Published, features, hidden),
-            "pyflowgen": provider(unit, features, hidden, False),
+            "pyflowgen": provider(unit, features, hidden, False, STORAGE[short]),
         },
         flops={"forward": flops, "forward+backward": 3 * flops},
         modes=("forward",) if stream else ("forward", "forward+backward"),
         grad=(),
         compile=() if stream or (batch, features, hidden) in QUICK else ("eager",),
+        slack=SLACK[short],
         quick=stream or (batch, features, hidden) in QUICK,
     )
 
 
 def cases(device: torch.device) -> list[Case]:
-    return [*(case(*size) for size in SIZES), *(case(*size, stream=True) for size in STEPS)]
+    return [*(case(*size) for size in SIZES), *(case(1, 3072, 512, stream=True, short=short) for short in STORAGE)]

@@ -21,7 +21,8 @@ Define ``cases(device: torch.device) -> list[Case]``; nothing about timing belon
   out when it is not installed.
 * A factory may return an ``nn.Module``: its parameters then get gradients too, and mode "step" becomes possible.
 * ``torch.compile`` of each provider named in ``compile`` is added by the harness ("compiled", "nflows compiled",
-  ...).
+  ...). A provider that compiles something itself, as the body of a loop that would not compile whole, has a name that
+  ends in " compiled".
 * Gate: outputs (and gradients, where a mode has a backward) of each provider are compared with the float64 run of the
   provider that ``truth`` names (default "eager"); pyflowgen's error may be twice that provider's own error in the
   tested dtype, plus 4 eps; a rival gets 1e-5 more. A provider that fails is not timed; its row says "wrong".
@@ -124,6 +125,7 @@ class Case:
     )  # mode -> least traffic; default: inputs, outputs, gradients once
     flops: Mapping[str, float] = field(default_factory=dict)  # mode -> operations of the matrix products
     slack: float = 0.0  # relative error that our method itself costs (values rebuilt by an inverse), beyond the gate's
+    settings: tuple[str, ...] = tuple(SETTINGS)  # those of the run's that this case is timed under
     quick: bool = False  # in the --quick set
 
     def __post_init__(self) -> None:
@@ -139,7 +141,8 @@ class Case:
     def contestants(self, quick: bool = False) -> list[str]:
         """Names of the rows: every provider, then the compiled ones (in the quick set the compiled reference only)."""
         named = [name for name in self.compile if name in self.providers and (name == "eager" or not quick)]
-        return [*self.providers, *("compiled" if name == "eager" else f"{name} compiled" for name in named)]
+        given = [name for name in self.providers if not (quick and split_compiled(name)[1])]
+        return [*given, *("compiled" if name == "eager" else f"{name} compiled" for name in named)]
 
 
 def split_compiled(name: str) -> tuple[str, bool]:
@@ -260,7 +263,7 @@ class Contest:
 
     def prepare(self, name: str) -> str:
         """Build a provider, compile it if asked, and hold it against the truth. Returns "ok" or why it is not timed."""
-        provider, compiled = split_compiled(name)
+        provider, compiled = (name, False) if name in self.case.providers else split_compiled(name)
         fn = self._make(provider)
         if compiled:
             torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -1,7 +1,12 @@
 """What the recurrent ops are timed on: a stream's step, a clip, a loop of cells, and their gradients.
 
-A stream's step is called from Python, batch 1, weights packed beforehand; its rivals are torch's cell in float32 and
-bfloat16, and torch's dynamic quantisation. nn.LSTM with one step packs its weights at every call: it is no rival here.
+A stream's step is called from Python, batch 1, weights packed beforehand; its rivals are torch's cell in float32, as it
+is and compiled, and in bfloat16, and torch's dynamic quantisation. nn.LSTM with one step packs its weights at every
+call: it is no rival here.
+
+A clip's rivals are torch's layer, which is oneDNN's without gradients, the same compiled, and a loop of torch's cell,
+as it is and compiled (the cell alone: a loop unrolled takes minutes). Training on a compiled layer is left out: torch
+2.13 compiles it and fails when it runs.
 """
 
 from __future__ import annotations
@@ -15,8 +20,9 @@ from torch import Tensor, nn
 from .harness import Case, Factory, normal
 
 STEPS = [(128, 128), (512, 512), (1024, 1024)]
+SHORT = [None, torch.bfloat16, torch.int8]
 # time, batch, features, hidden
-CLIPS = [(256, 1, 64, 128), (64, 8, 128, 128), (64, 32, 512, 512)]
+CLIPS = [(256, 1, 64, 128), (64, 32, 512, 512)]
 
 
 def drawn(op: str, *size: int, cell: bool = False) -> Any:
@@ -75,23 +81,27 @@ def step_case(op: str, features: int, hidden: int, storage: torch.dtype | None) 
         inputs=inputs,
         providers={"eager": eager, **({"float32": torchs} if storage else {}), "pyflowgen": kernel},
         modes=("forward",),
-        compile=(),
+        compile=() if storage else ("eager",),
+        settings=("default",),  # nothing large is allocated
         quick=features == 512,
     )
 
 
-def clip_case(op: str, time: int, batch: int, features: int, hidden: int) -> Case:
+def clip_case(op: str, time: int, batch: int, features: int, hidden: int, training: bool) -> Case:
     """The sequence op against torch's layer and against a loop of torch's cell."""
 
     class Loop(nn.Module):
-        def __init__(self) -> None:
+        def __init__(self, compiled: bool = False) -> None:
             super().__init__()
             self.cell = drawn(op, features, hidden, cell=True)
             layer = drawn(op, features, hidden)
             self.cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+            if compiled:
+                self.cell.compile(dynamic=False)
 
         def forward(self, x: Tensor) -> Tensor:
-            state, hidden_states = None, []
+            zero = x.new_zeros(x.shape[1], hidden)
+            state, hidden_states = (zero, zero.clone()) if op == "lstm" else zero, []
             for step in x.unbind(0):
                 state = self.cell(step, state)
                 hidden_states.append(first(state))
@@ -105,6 +115,11 @@ def clip_case(op: str, time: int, batch: int, features: int, hidden: int) -> Cas
         def forward(self, x: Tensor) -> Tensor:
             return first(self.layer(x))
 
+    def torchs(device: torch.device, dtype: torch.dtype) -> Any:
+        if not training:
+            torch._dynamo.config.allow_rnn = True  # which torch.compile wants to be told
+        return First(drawn(op, features, hidden))
+
     gates = 4 if op == "lstm" else 3
     flops = 2.0 * time * batch * gates * hidden * (features + hidden)
     return Case(
@@ -113,16 +128,19 @@ def clip_case(op: str, time: int, batch: int, features: int, hidden: int) -> Cas
         dtype=torch.float32,
         inputs=normal((time, batch, features)),
         providers={
-            "eager": lambda device, dtype: First(drawn(op, features, hidden)),
+            "eager": torchs,
             "cell loop": lambda device, dtype: Loop(),
+            "cell loop compiled": lambda device, dtype: Loop(compiled=True),
             "pyflowgen": lambda device, dtype: First(ours(op, features, hidden)),
         },
-        compile=(),
+        modes=("forward+backward",) if training else ("forward",),
+        grad=None if training else (),
+        compile=() if training else ("eager",),
         flops={"forward": flops, "forward+backward": 3 * flops},
         quick=(batch == 1),
     )
 
 
 def cases(op: str) -> list[Case]:
-    short = [step_case(op, 512, 512, dtype) for dtype in (torch.bfloat16, torch.int8)]
-    return [*(step_case(op, *size, None) for size in STEPS), *short, *(clip_case(op, *size) for size in CLIPS)]
+    steps = [step_case(op, *size, dtype) for size in STEPS for dtype in SHORT]
+    return [*steps, *(clip_case(op, *size, training) for size in CLIPS for training in (False, True))]

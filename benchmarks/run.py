@@ -116,6 +116,7 @@ class Plan:
     rounds: int = 20
     seconds: float = 0.03  # of one visit
     quick: bool = False
+    limit: float = 12.0  # seconds after which no further round of a contest begins, of which there are three at least
     minutes: float = float("inf")  # after so many no op's second contest begins
     settings: tuple[str, ...] = ("default", "no-mmap")
     trees: tuple[tuple[str, Path | None], ...] = (("", None),)  # (suffix of the row's provider, tree of its pyflowgen)
@@ -160,7 +161,8 @@ class Runner:
                     continue
                 # A compiled peer may take its process along (zuko's training step corrupts the heap under torch 2.13).
                 home = name if compiled and provider != "eager" else "main"
-                for setting in self.plan.settings if self.plan.device == "cpu" else ("default",):
+                settings = [s for s in self.plan.settings if s in case.settings]
+                for setting in settings if self.plan.device == "cpu" else ("default",):
                     found.append(Entry(name, setting, home, tree, name + suffix))
         return found
 
@@ -205,7 +207,10 @@ class Runner:
             samples: list[list[float]] = [[] for _ in entries]
             calls: list[int | None] = [None] * len(entries)
             extra: dict[str, Any] = {}
+            began = time.monotonic()
             for round_number in range(self.plan.rounds):
+                if round_number >= 3 and time.monotonic() - began > self.plan.limit:
+                    break
                 order = list(range(len(entries)))
                 shift = round_number % len(order)  # nobody always follows the same neighbour's cache contents
                 for i in order[shift:] + order[:shift]:

@@ -11,6 +11,9 @@ namespace pyflowgen {
 // packed: what idu_pack made of the weights, or null, or of other weights: then they are packed on the way.
 // idu -> h (B, windows, H), given (B, K + S, 2H): products of weight_x; and when `keep`, else empty: gates (T, R, 3H),
 //   states (T + 1, R, H), inner (T, R, H) of idu.h, T being the window.
+// idu_step: the window that chunk x (B, E) ends, as idu does it with cached (B, K, 2H) and lengths, on float32 weights
+// that idu_step_pack made bf16 (storage 1) or int8 (2) -> h (B, H), given (B, K + 1, 2H). It holds b_r and b_z; of bias
+// the step takes the others.
 // idu_backward -> dx, dcached, dweight_x, dweight_0, dweight_h, dbias; empty where they are not wanted.
 STABLE_TORCH_LIBRARY_FRAGMENT(pyflowgen, m) {
   m.def(
@@ -22,6 +25,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyflowgen, m) {
       "Tensor? length, bool reset_after, bool hard, bool keeps_state, Tensor gates, Tensor states, Tensor inner, "
       "bool need_dx, bool need_dweight) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("idu_pack(Tensor weight_x, Tensor weight_0, Tensor weight_h) -> Tensor");
+  m.def("idu_step_pack(Tensor weight_x, Tensor weight_0, Tensor weight_h, Tensor? bias, int storage) -> Tensor");
+  m.def(
+      "idu_step(Tensor x, Tensor cached, Tensor length, Tensor packed, Tensor? bias, bool reset_after, bool hard, "
+      "bool keeps_state) -> (Tensor, Tensor)");
 }
 
 }  // namespace pyflowgen

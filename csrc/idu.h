@@ -34,6 +34,9 @@ template <class T> struct IduForward {
               // steps
   T* inner;   // r h, the input of W_hh; or W_hh h + b_h when `after`. kept: [window][rows][hidden]; else [rows][hidden]
   T* gates;   // [window][rows][3][hidden]: r, z as formula/idu.h keeps them, n; null: nothing is kept
+  // [1, when `after` 2][rows][hidden]: what this phase's products gave, if they were made elsewhere; w_r and w_h are
+  // not read then.
+  const T* sums = nullptr;
 };
 
 template <class T> struct IduBackward {

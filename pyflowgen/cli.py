@@ -48,6 +48,7 @@ def _end(message: str, code: int) -> NoReturn:
     raise click.exceptions.Exit(code)
 
 
+_STORAGE = {"bf16": torch.bfloat16, "int8": torch.int8}
 _BENCH = {"bench": "pyflowgen.benchmarks.run", "gallery": "pyflowgen.benchmarks.gallery"}
 
 
@@ -63,7 +64,13 @@ class _Commands(click.Group):
         try:  # only here: the contests need plots and peers that the library does not
             module = importlib.import_module(_BENCH[cmd_name])
         except ImportError as error:
-            raise RunError(f"{cmd_name} needs {error.name}: pip install 'pyflowgen[bench]'") from None
+            needs = f"{cmd_name} needs {error.name}: pip install 'pyflowgen[bench]'"
+
+            def refuse() -> None:
+                raise RunError(needs)
+
+            anything = {"ignore_unknown_options": True, "allow_extra_args": True}
+            return click.Command(cmd_name, callback=refuse, help=needs, context_settings=anything)
         command: click.Command = getattr(module, cmd_name)
         return command
 
@@ -305,6 +312,7 @@ def _chunks(total: int, size: int) -> list[int]:
 @click.option("--seed", type=int, default=1, help="Of the noise.")
 @click.option("--timeline", type=click.Path(path_type=Path), help="PNG of truth and scores of a few streams.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@click.option("--pack", type=click.Choice(list(_STORAGE)), help="As a live stream on shorter weights, and their cost.")
 @_weights
 @_common
 def evaluate(
@@ -315,6 +323,7 @@ def evaluate(
     seed: int,
     timeline: Path | None,
     as_json: bool,
+    pack: str | None,
     weights: str,
     path: str | None,
     device: str,
@@ -330,15 +339,16 @@ def evaluate(
     if isinstance(loaded.model, Detector):
         streams = getattr(examples, split)
         with choose_path(_path_of(loaded, path)):
-            found = live.evaluate(loaded.model, examples, streams)
+            found = live.evaluate(loaded.model, examples, streams, None if pack is None else _STORAGE[pack])
             if timeline is not None:
                 _timeline(timeline, loaded.model, examples, streams)
         found = {"model": loaded.config["model"], "data": examples.name, "split": split, **found}
-        found |= {"path": _path_of(loaded, path), "seconds": round(time.perf_counter() - began, 3)}
+        found |= {"path": _path_of(loaded, path), "seconds": round(time.perf_counter() - began, 3), "pack": pack}
         click.echo(json.dumps(found) if as_json else _say_detection(found))
         return
-    if timeline is not None:
-        raise RunError(f"{run}: holds a {loaded.config['model']}, which has no timeline; expected a detector")
+    if timeline is not None or pack is not None:
+        what = "timeline" if timeline is not None else "step on short weights"
+        raise RunError(f"{run}: holds a {loaded.config['model']}, which has no {what}; expected a detector")
     with choose_path(_path_of(loaded, path)):
         found = evaluate_model(loaded.model, examples, getattr(examples, split), draws=draws, seed=seed)
     found = {"model": loaded.config["model"], "data": examples.name, "split": split, **found}
@@ -370,6 +380,10 @@ def _say_detection(found: dict[str, Any]) -> str:
     if "accuracy_at" in found:
         text += row("right when seen", {f"{k:.0%}": v for k, v in found["accuracy_at"].items()})
         text += f"\n  time to detection {found['time_to_detection']:.3f} of an action, at 10 % false alarms"
+    if found["pack"]:
+        text += f"\n  {found['pack']} weights:".ljust(21)
+        text += f"mAP {found['map']:.4f}, {found['map_unpacked']:.4f} on the trained ones; a probability differs by "
+        text += f"{found['largest_difference']:.4f} at most, {found['same_class']:.2%} of the frames keep their class"
     return text
 
 
@@ -382,7 +396,7 @@ def _say_detection(found: dict[str, Any]) -> str:
 @click.option("--state", type=click.Path(path_type=Path), help="Keep the state in this file, and go on from it.")
 @click.option("--save-every", type=float, default=5.0, help="Seconds between writes of --state.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines instead of CSV on standard output.")
-@click.option("--pack", type=click.Choice(["bf16", "int8"]), help="Run on shorter weights.  [default: as trained]")
+@click.option("--pack", type=click.Choice(list(_STORAGE)), help="Run on shorter weights.  [default: as trained]")
 @_weights
 @_common
 def detect(
@@ -414,10 +428,7 @@ def detect(
         raise RunError(f"{run}: holds a {loaded.config['model']}, which finds no actions; expected a detector")
     model, names = loaded.model, loaded.config["data"]["classes"]
     if pack:
-        try:
-            model.pack({"bf16": torch.bfloat16, "int8": torch.int8}[pack])
-        except ValueError as error:
-            raise RunError(f"--pack {pack}: {error}") from None
+        model.pack(_STORAGE[pack])
     piped = str(stream) == "-"
     before, number, offset = (None, 0, 0)
     if state is not None and state.exists():

@@ -150,19 +150,46 @@ def stream_scores(
     return [found[i] for i in range(len(streams))]
 
 
+def by_steps(model: Detector) -> Run:
+    """:meth:`Detector.run` frame by frame, as a live stream does it: on the weights that ``model.pack`` chose."""
+
+    def run(clip: Tensor, state: State | None) -> tuple[Tensor, State]:
+        scores = []
+        state = state or model.init_state(len(clip))
+        for frame in clip.unbind(1):
+            score, state = model.step(frame, state)
+            scores.append(score)
+        return torch.stack(scores, 1), state
+
+    return run
+
+
 OFFSETS = (1.0, 2.0, 3.0, 5.0, 10.0)
 
 
-def evaluate(model: Detector, data: Streams, streams: Sequence[Stream]) -> dict[str, Any]:
+def evaluate(
+    model: Detector, data: Streams, streams: Sequence[Stream], pack: torch.dtype | None = None
+) -> dict[str, Any]:
     """Every measure of :mod:`pyflowgen.metrics` on whole streams.
+
+    With ``pack`` they are those of a live stream on bfloat16 or int8 weights, and ``pack`` says what these cost.
 
     Keys: ``map``, ``mcap``, ``chance`` (mAP of scores that know nothing: the mean share of the classes' frames),
     ``per_class``, ``point_map`` by offset (seconds, frames where the rate is not known), ``time_to_detection`` (mean
     over classes, at a false-positive rate of 0.1), ``accuracy_at`` (share of an action seen), ``frames``, ``streams``;
-    of a TRN ``ahead_map`` by how far ahead its decoder looks (seconds or frames).
+    of a TRN ``ahead_map`` by how far ahead its decoder looks (seconds or frames), unless packed; with ``pack``
+    ``map_unpacked``, ``largest_difference`` of a probability, and ``same_class``, the share of frames.
     """
     scores = stream_scores(model, streams)
-    targets, flat = torch.cat([s.targets for s in streams]), torch.cat(scores)
+    targets, flat, unpacked = torch.cat([s.targets for s in streams]), torch.cat(scores), None
+    if pack is not None:
+        unpacked = flat
+        model.pack(pack)
+        try:
+            scores = stream_scores(model, streams, run=by_steps(model))
+        finally:
+            model.pack(None)
+        flat = torch.cat(scores)
     labels, ignore = [s.labels for s in streams], data.ignored
     precision = metrics.frame_precision(flat, targets, ignore=ignore)
     kept = targets[(targets > 0).any(1)]
@@ -183,7 +210,11 @@ def evaluate(model: Detector, data: Streams, streams: Sequence[Stream]) -> dict[
         curves = [metrics.amoc([s[:, c] for s in scores], labels, c) for c in precision.per_class]
         found["time_to_detection"] = sum(c.at(0.1) for c in curves) / len(curves)
         found["accuracy_at"] = metrics.observed_accuracy(scores, labels, ignore=ignore)
-    if isinstance(model, TRN):
+    if unpacked is not None:
+        found["map_unpacked"] = metrics.frame_precision(unpacked, targets, ignore=ignore).mean
+        found["largest_difference"] = float((flat - unpacked).abs().max())
+        found["same_class"] = float((flat.argmax(1) == unpacked.argmax(1)).float().mean())
+    elif isinstance(model, TRN):
         found["ahead_map"] = _ahead(model, data, streams)
     return found
 

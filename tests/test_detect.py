@@ -24,7 +24,7 @@ from pyflowgen import build_info
 from pyflowgen.cli import main
 from pyflowgen.data import DataError
 from pyflowgen.data.streams import Stream, Streams, toy_streams
-from pyflowgen.detect import Detection, Latency, Reader, detect, evaluate, stream_scores
+from pyflowgen.detect import Detection, Latency, Reader, by_steps, detect, evaluate, stream_scores
 from pyflowgen.models import GRUDetector, LSTMDetector, RealNVP
 from pyflowgen.recipes import load_run
 from pyflowgen.train import CHECKPOINT, TrainConfig, fit, read_config, read_metrics, read_tensors
@@ -360,13 +360,29 @@ def test_detect_goes_on_bit_for_bit(trained, tmp_path):
 
 def test_detect_on_short_weights(trained, tmp_path):
     path = csv_of(toy_streams().test[0], tmp_path / "s.csv")
-    if trained.name == "idn":
-        return fails("detect", trained, path, "--pack", "int8", words=["--pack int8", "IDN"])
     want = scores_of(run("detect", trained, path).stdout)
     for storage in ("bf16", "int8"):
         got = scores_of(run("detect", trained, path, "--pack", storage).stdout)
         apart = max(abs(a - b) for t in want for a, b in zip(want[t], got[t], strict=True))
         assert got.keys() == want.keys() and apart < 0.02 and (got != want or "library" not in build_info())
+
+
+def test_evaluate_says_what_short_weights_cost(trained):
+    want = json.loads(run("evaluate", trained, "--json").stdout)
+    for storage in ("bf16", "int8"):
+        found = json.loads(run("evaluate", trained, "--json", "--pack", storage).stdout)
+        assert found["pack"] == storage and found["map_unpacked"] == want["map"]
+        assert found["map"] == pytest.approx(want["map"], abs=0.02) and found["same_class"] > 0.95
+        assert (0 < found["largest_difference"] < 0.02) or "library" not in build_info()
+    said = run("evaluate", trained, "--pack", "int8").stdout
+    assert f"mAP {found['map']:.4f}, {want['map']:.4f} on the trained ones" in said.split("int8 weights:")[1]
+
+
+@torch.no_grad()
+def test_scores_by_steps_are_those_of_the_clip(trained):
+    model, streams = load_run(trained).model, toy_streams().test[:3]
+    pairs = zip(stream_scores(model, streams, run=by_steps(model)), stream_scores(model, streams), strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
 def test_bad_frames_leave_the_state_alone(trained, tmp_path):
@@ -417,6 +433,14 @@ def test_wrong_commands_are_one_line(tmp_path):
     assert run("train", "realnvp", "--data", "moons", "--epochs", 1, "--set", "hidden=[8]", "--no-progress", "--out", tmp_path / "flow").exit_code == 0  # fmt: skip
     fails("detect", tmp_path / "flow", "-", words=["realnvp", "finds no actions"])
     fails("evaluate", tmp_path / "flow", "--timeline", tmp_path / "t.png", words=["no timeline"])
+    fails("evaluate", tmp_path / "flow", "--pack", "int8", words=["no step on short weights"])
+
+
+def test_help_where_the_contests_need_what_is_missing(monkeypatch):
+    monkeypatch.setattr("pyflowgen.cli._BENCH", {"bench": "no_such_module"})
+    done = run("--help")
+    assert done.exit_code == 0 and "bench needs no_such_module" in done.stdout
+    fails("bench", "lstm", "--quick", words=["bench needs no_such_module", "pip install"])
 
 
 def test_resume_through_the_command_line(tmp_path):

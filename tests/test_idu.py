@@ -438,3 +438,148 @@ def test_autocast_runs():
     with torch.autocast("cpu", torch.bfloat16):
         h = layer(x)
     assert (h.float() - layer(x)).abs().max() < 0.05
+
+
+# ---- a stream on short weights
+
+
+def shortened(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights as they are stored, widened again."""
+    if dtype is torch.bfloat16:
+        return weight.bfloat16().double()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    return (weight / scale).round().double() * scale.double()
+
+
+def short_steps(layer: IDU, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The window's last h, every product on stored weights and, for int8, on inputs of 8 bits; in float64."""
+
+    def linear(a: Tensor, weight: Tensor) -> Tensor:
+        if dtype is torch.int8:
+            scale = a.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+            a = (a / scale).round() * scale
+        return a @ shortened(weight.detach(), dtype).T
+
+    squash = torch.sigmoid if layer.gate == "sigmoid" else lambda a: (0.2 * a + 0.5).clamp(0, 1)
+    hidden = layer.hidden
+    bias = torch.zeros(4 * hidden) if layer.bias is None else layer.bias.detach()
+    b_r, b_z, b_x, b_h = bias.double().chunk(4)
+    x = x.double()
+    r_0, z_0 = linear(x[:, -1], layer.weight_0).chunk(2, 1)
+    w_r, w_h = layer.weight_h.chunk(2)
+    h = x.new_zeros(len(x), hidden)
+    for chunk in x.unbind(1):
+        from_z, from_n = linear(chunk, layer.weight_x).chunk(2, 1)
+        r, z = squash(linear(h, w_r) + r_0 + b_r), squash(from_z + z_0 + b_z)
+        inner = linear(r * h, w_h) + b_h if layer.reset == "before" else r * (linear(h, w_h) + b_h)
+        n = torch.tanh(from_n + b_x + inner)
+        h = h + (z if layer.update == "candidate" else 1 - z) * (n - h)
+    return h
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+@pytest.mark.parametrize("how", list(itertools.product(("before", "after"), ("sigmoid", "hard_sigmoid"), ("candidate", "state"))))  # fmt: skip
+def test_short_steps(dtype, how):
+    """The step is that of the rounded weights (int8: of rounded inputs too), over a window that fills and slides."""
+    reset, gate, update = how
+    for batch, embedding, hidden, window, bias in ((1, 70, 97, 5, True), (3, 6, 130, 4, False), (9, 33, 20, 1, True)):
+        torch.manual_seed(0)
+        layer = IDU(embedding, hidden, window, bias=bias, reset=reset, gate=gate, update=update)
+        if bias:
+            torch.nn.init.normal_(layer.bias, std=0.3)
+        layer.pack(dtype)
+        x, cache = torch.randn(batch, 9, embedding), None
+        for t in range(9):
+            h, cache = layer.step(x[:, t], cache)
+            want = short_steps(layer, x[:, max(0, t + 1 - window) : t + 1], dtype)
+            # an input of 8 bits may round the other way in float64
+            bound = 2e-6 if dtype is torch.bfloat16 else 2e-2
+            assert (h - want).abs().max() < bound and (h - want).abs().mean() < bound / 10, (batch, t)
+
+
+@kernel
+def test_short_steps_are_near():
+    torch.manual_seed(0)
+    layer, x = IDU(64, 96, window=8), torch.randn(2, 40, 64).relu()
+    with torch.no_grad():
+        want = layer.frames(x)[0]
+    for dtype, bound in ((None, 1e-6), (torch.bfloat16, 1e-2), (torch.int8, 3e-2)):
+        layer.pack(dtype)
+        cache, found = None, []
+        for t in range(40):
+            h, cache = layer.step(x[:, t], cache)
+            found.append(h)
+        apart = (torch.stack(found, 1) - want).abs().max()
+        assert apart < bound and (dtype is None or apart > 1e-4), (dtype, apart)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=["bf16", "int8"])
+def test_short_steps_are_the_same_bits(dtype):
+    """Whatever the other rows, the threads, and the strides of the cache; and packed anew when a weight changes."""
+    torch.manual_seed(0)
+    layer, x = IDU(40, 300, window=4, bias=True).pack(dtype), torch.randn(7, 6, 40)
+    threads = torch.get_num_threads()
+
+    def run(x):
+        cache, found = None, []
+        for t in range(6):
+            h, cache = layer.step(x[:, t], cache)
+            found.append(h)
+        return torch.stack(found, 1)
+
+    try:
+        torch.set_num_threads(2)
+        want = run(x)
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            assert torch.equal(run(x), want)
+        for row in range(7):
+            assert torch.equal(run(x[row : row + 1]), want[row : row + 1])
+    finally:
+        torch.set_num_threads(threads)
+    kept, seen = layer.init_cache(7)
+    apart = torch.zeros(7, 300 * 2, 3).transpose(1, 2)
+    assert torch.equal(layer.step(x[:, 0], (apart, seen))[0], layer.step(x[:, 0], (kept, seen))[0])
+    for parameter in layer.parameters():
+        before = run(x)
+        with torch.no_grad():
+            parameter.mul_(2).add_(0.1)
+        assert not torch.equal(run(x), before)
+    assert layer.step(x[:0, 0])[0].shape == (0, 300)
+    assert copy.deepcopy(layer).step(x[:, 0])[0].equal(layer.step(x[:, 0])[0])
+
+
+@kernel
+def test_short_steps_refuse():
+    layer, x = IDU(8, 8, window=3), torch.zeros(2, 8)
+    for storage in (1, 2):
+        weights = [p.detach() for p in layer.parameters()]
+        packed = torch.ops.pyflowgen.idu_step_pack(*weights, None, storage)
+        arguments = [x, *layer.init_cache(2), packed, None, True, False, False]
+        torch.library.opcheck(torch.ops.pyflowgen.idu_step.default, tuple(arguments))
+        for at, wrong, message in (
+            (0, x[:1], "do not fit"),
+            (0, x[:, :4], "packed weights do not"),
+            (0, x.double(), "float32"),
+            (2, torch.zeros(3, dtype=torch.long), "do not fit"),
+            (2, torch.zeros(2), "int64"),
+            (4, torch.zeros(8), "bias must have shape"),
+            (3, packed.float(), "made by"),
+        ):
+            with pytest.raises(RuntimeError, match=message):
+                torch.ops.pyflowgen.idu_step(*arguments[:at], wrong, *arguments[at + 1 :])
+        with pytest.raises(RuntimeError, match="float32 weights"):
+            torch.ops.pyflowgen.idu_step_pack(*(w.double() for w in weights), None, storage)
+    for wrong in (x[0], x[:, :4]):
+        with pytest.raises(ValueError, match=r"expected \(batch, 8\)"):
+            layer.step(wrong)
+    with pytest.raises(ValueError, match="cache has shapes"):
+        layer.pack(torch.int8).step(x, layer.init_cache(3))
+    with pytest.raises(ValueError, match="dtype is torch.float16"):
+        layer.pack(torch.float16)
+    with torch.no_grad():
+        layer.weight_h[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        layer.step(x)

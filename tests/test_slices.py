@@ -61,6 +61,7 @@ SHARED = {
     "csrc/cpu/gemm.simd.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/packed_row.simd.cpp",
+    "csrc/cpu/stream_product.simd.cpp",
     "csrc/cpu/team.cpp",
     "csrc/module.cpp",
     "kernels/tile.py",
@@ -331,9 +332,10 @@ def test_every_public_name_is_documented(name: str) -> None:
         assert ">>>" in thing.__doc__, "no example"
 
 
-def test_examples_of_the_readme() -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/detection.md"])
+def test_examples_of_the_pages(page: str) -> None:
     torch.manual_seed(0)
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
+    result = doctest.testfile(str(ROOT / page), module_relative=False)
     assert result.attempted > 3 and result.failed == 0
 
 

@@ -11,12 +11,15 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <array>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/packed.h"
 #include "cpu/recurrence_call.h"
+#include "stream_product.h"
 
 namespace pyflowgen {
 namespace {
@@ -308,12 +311,183 @@ Tensor idu_pack(Tensor weight_x, Tensor weight_0, Tensor weight_h) {
   });
 }
 
+// ---- a stream's step on short weights: the products are those of stream_product.h, the gates idu_forward's.
+// ----------
+enum Product { of_chunk, of_current, of_reset, of_candidate, products };
+
+std::array<StreamWeights<float>, products> stream_shapes(int64_t in, int64_t hidden) {
+  std::array<StreamWeights<float>, products> w{};
+  for (int p = 0; p < products; ++p) {
+    w[p].units = p < of_reset ? 2 * hidden : hidden;
+    w[p].depth[0] = w[p].weight_row[0] = p < of_reset ? in : hidden;
+  }
+  return w;
+}
+
+// Where each product's weights begin, in bytes, and where the last one's end.
+template <class W>
+std::array<int64_t, products + 1> stream_layout(const std::array<StreamWeights<float>, products>& shapes) {
+  std::array<int64_t, products + 1> at{};
+  for (int p = 0; p < products; ++p) at[p + 1] = at[p] + PYFLOWGEN_CALL_OF((stream_packed_bytes<float, W>), shapes[p]);
+  return at;
+}
+
+template <class W> Tensor step_pack_as(const Matrices& m, const Optional& bias, ScalarType dtype) {
+  const int64_t in = m.weight_x.size(1), hidden = m.weight_h.size(1);
+  auto all = stream_shapes(in, hidden);
+  const std::vector<float> zero(size_t(2 * hidden), 0.0f);
+  const float* const matrices[products] = {data<float>(m.weight_x), data<float>(m.weight_0), data<float>(m.weight_h),
+                                           data<float>(m.weight_h) + hidden * hidden};
+  for (int p = 0; p < products; ++p)
+    all[p].weight[0] = matrices[p], all[p].bias = p == of_current && bias ? data<float>(*bias) : zero.data();
+  const auto layout = stream_layout<W>(all);
+  const Tensor packed = torch::stable::new_empty(m.weight_h, {layout[products] / int64_t(sizeof(W))}, dtype);
+  recurrence::use_large_pages(packed, layout[products]);
+  for (int p = 0; p < products; ++p) {
+    const int64_t depth = all[p].depth[0], blocks = PYFLOWGEN_CALL(stream_blocks<float>, false, all[p].units);
+    const int64_t threads = std::min(blocks, threads_for(8 * blocks * stream_block_rows * depth));
+    in_threads(threads, [&](int64_t i) {
+      std::vector<float> scratch(size_t(stream_block_rows * depth));
+      PYFLOWGEN_CALL_OF((stream_pack<float, W>), all[p], static_cast<char*>(packed.data_ptr()) + layout[p],
+                        scratch.data(), blocks * i / threads, blocks * (i + 1) / threads);
+    });
+  }
+  return packed;
+}
+
+Tensor idu_step_pack(Tensor weight_x, Tensor weight_0, Tensor weight_h, Optional bias, int64_t storage) {
+  const Matrices m{dense(weight_x), dense(weight_0), dense(weight_h)};
+  check(m);
+  STD_TORCH_CHECK(weight_h.scalar_type() == ScalarType::Float && (storage == 1 || storage == 2),
+                  "idu_step_pack: float32 weights become bf16 (storage 1) or int8 (2), got storage ", storage);
+  STD_TORCH_CHECK(!bias || (bias->numel() == 4 * weight_h.size(1) && bias->scalar_type() == ScalarType::Float),
+                  "idu_step_pack: bias must have shape (", 4 * weight_h.size(1), ",) and the weights' dtype");
+  if (storage == int64_t(recurrence::Storage::bf16))
+    return step_pack_as<bf16>(m, recurrence::dense(bias), ScalarType::BFloat16);
+  return step_pack_as<int8_t>(m, recurrence::dense(bias), ScalarType::Char);
+}
+
+struct Step {
+  IduShape shape;
+  int64_t in, cached_row;  // cached's sequences may lie apart
+  const float *x, *cached, *bias;
+  float *given, *h;
+};
+
+// One region for the frame. A thread makes a block of a product and goes on with the same units of the gates, so that
+// all meet once a phase.
+template <class W> void step_as(const Step& o, const Tensor& packed) {
+  const IduShape& s = o.shape;
+  const int64_t batch = s.batch, hidden = s.hidden, in = o.in, last = s.window - 1, state = batch * hidden;
+  const auto shapes = stream_shapes(in, hidden);
+  const auto layout = stream_layout<W>(shapes);
+  STD_TORCH_CHECK(packed.numel() * int64_t(sizeof(W)) == layout[products] && packed.is_contiguous(), "idu_step: x has ",
+                  in, " and the cache ", 2 * hidden, " features, the packed weights do not");
+  if (batch == 0) return;
+  const int64_t scratch =
+      (PYFLOWGEN_CALL_OF((stream_scratch_bytes<float, W>), batch, std::max(in, hidden)) + 63) / 64 * 64;
+  // Weights of a step that one core reads in less time than two need to meet.
+  constexpr int64_t least = 160 << 10;
+  const int64_t work = (layout[products] - layout[of_reset]) * std::max<int64_t>(1, batch / 4);
+  const int64_t threads = work < least ? 1 : torch::stable::get_num_threads();
+  const auto room = std::make_unique_for_overwrite<float[]>(size_t(9 * state));
+  const auto bytes = std::make_unique_for_overwrite<char[]>(size_t(threads * scratch));
+  float *fresh = room.get(), *current = fresh + 2 * state, *states = current + 2 * state, *inner = states + 2 * state;
+  float* sums = inner + state;
+  const char* weights = static_cast<const char*>(packed.data_ptr());
+  int64_t start = last;  // before it no window has a chunk
+  for (int64_t row = 0; row < batch; ++row) start = std::min(start, s.first(row));
+  std::fill_n(states + start % 2 * state, state, 0.0f);
+  const IduForward<float> forward{s,
+                                  o.given,
+                                  current,
+                                  o.bias ? o.bias + 2 * hidden : nullptr,
+                                  o.bias ? o.bias + 3 * hidden : nullptr,
+                                  nullptr,
+                                  nullptr,
+                                  states,
+                                  inner,
+                                  nullptr,
+                                  sums};
+  const int64_t blocks = PYFLOWGEN_CALL(stream_blocks<float>, false, hidden);
+  const int64_t panels = PYFLOWGEN_CALL(linear_pack_tasks<float>, hidden);
+  const int64_t panels_each = (panels + blocks - 1) / blocks;
+
+  in_team(threads, [&](const Member& m) {
+    const auto multiply = [&](int p, const float* a, float* y, int64_t begin, int64_t end) {
+      StreamProduct<float> product{false, false,   batch,  shapes[p].units, {}, {}, weights + layout[p],
+                                   y,     nullptr, nullptr};
+      std::copy_n(shapes[p].depth, stream_parts, product.depth);
+      product.in[0] = a;
+      PYFLOWGEN_CALL_OF((stream_product<float, W>), product, begin, end, bytes.get() + m.place * scratch);
+    };
+    const int64_t all = PYFLOWGEN_CALL(stream_blocks<float>, false, 2 * hidden), width = 2 * hidden;
+    multiply(of_chunk, o.x, fresh, m.begin(all), m.end(all));
+    multiply(of_current, o.x, current, m.begin(all), m.end(all));
+    for (int64_t row = m.begin(batch * last); row < m.end(batch * last); ++row)
+      std::copy_n(o.cached + row / last * o.cached_row + row % last * width, width,
+                  o.given + (row / last * s.window + row % last) * width);
+    m.meet();
+    if (m.place == 0)
+      for (int64_t b = 0; b < batch; ++b)
+        std::copy_n(fresh + b * width, width, o.given + (b * s.window + last) * width);
+    if (start == last) m.meet();  // else the chunk is asked for after other meetings
+    const int64_t begin = m.begin(blocks), end = m.end(blocks);
+    for (int64_t t = start; t <= last; ++t)
+      for (int64_t phase = 0; phase < (s.after ? 1 : 2); ++phase) {
+        const float* h = states + t % 2 * state;
+        if (t > start) {
+          if (s.after || phase == 0) multiply(of_reset, h, sums, begin, end);
+          if (s.after || phase == 1)
+            multiply(of_candidate, s.after ? h : inner, sums + (s.after ? state : 0), begin, end);
+        }
+        PYFLOWGEN_CALL(idu_forward<float>, forward, phase, t, start, begin * panels_each,
+                       std::min(panels, end * panels_each), 0, batch);
+        m.meet();
+      }
+  });
+  std::copy_n(states + s.window % 2 * state, state, o.h);
+}
+
+std::tuple<Tensor, Tensor> idu_step(Tensor x, Tensor cached, Tensor length, Tensor packed, Optional bias,
+                                    bool reset_after, bool hard, bool keeps_state) {
+  STD_TORCH_CHECK(x.dim() == 2 && cached.dim() == 3 && cached.size(0) == x.size(0) && length.dim() == 1 &&
+                      length.size(0) == x.size(0) && cached.size(2) % 2 == 0,
+                  "idu_step: x ", shape_of(x), ", cached ", shape_of(cached), " and length ", shape_of(length),
+                  " do not fit, expected (batch, E), (batch, chunks, 2H) and (batch,)");
+  const int64_t batch = x.size(0), window = cached.size(1) + 1, hidden = cached.size(2) / 2;
+  const ScalarType storage = packed.scalar_type();
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && cached.scalar_type() == ScalarType::Float &&
+                      length.scalar_type() == ScalarType::Long &&
+                      (storage == ScalarType::BFloat16 || storage == ScalarType::Char),
+                  "idu_step: x and cached must be float32, length int64, and the weights made by idu_step_pack");
+  STD_TORCH_CHECK(!bias || (bias->numel() == 4 * hidden && bias->scalar_type() == ScalarType::Float),
+                  "idu_step: bias must have shape (", 4 * hidden, ",) and x's dtype");
+  const Tensor dense_x = dense(x), lengths = dense(length);
+  const Optional dense_bias = recurrence::dense(bias);
+  if (!(cached.stride(2) == 1 && cached.stride(1) == 2 * hidden)) cached = torch::stable::contiguous(cached);
+  const Tensor h = empty({batch, hidden}, x), given = empty({batch, window, 2 * hidden}, x);
+  const Step o{{batch, 1, window, window, hidden, data<int64_t>(lengths), reset_after, hard, keeps_state},
+               x.size(1),
+               cached.stride(0),
+               data<float>(dense_x),
+               data<float>(cached),
+               dense_bias ? data<float>(*dense_bias) : nullptr,
+               out<float>(given),
+               out<float>(h)};
+  if (storage == ScalarType::BFloat16) step_as<bf16>(o, packed);
+  else step_as<int8_t>(o, packed);
+  return {h, given};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowgen, CPU, m) {
   m.impl("idu", TORCH_BOX(&idu));
   m.impl("idu_backward", TORCH_BOX(&idu_backward));
   m.impl("idu_pack", TORCH_BOX(&idu_pack));
+  m.impl("idu_step_pack", TORCH_BOX(&idu_step_pack));
+  m.impl("idu_step", TORCH_BOX(&idu_step));
 }
 
 }  // namespace pyflowgen

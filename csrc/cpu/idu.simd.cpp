@@ -74,6 +74,21 @@ PYFLOWGEN_INLINE void products(int64_t hidden, const T* a, const T* const (&pane
   }
 }
 
+// The same on products that were made elsewhere: sums[part][all_rows][hidden].
+template <int parts, class T, class F> PYFLOWGEN_INLINE void epilogues(int64_t hidden, const T* sums, int64_t all_rows,
+                                                                       int64_t begin, int64_t end, int64_t first,
+                                                                       int64_t last, const F& epilogue) {
+  constexpr int64_t side = lanes<T>;
+  const int64_t to = std::min(end * tile_columns<T>, hidden);
+  for (int64_t row = first; row < last; ++row)
+    for (int64_t unit = begin * tile_columns<T>; unit < to; unit += side) {
+      const int count = int(std::min(side, to - unit));
+      Pack<T> v[parts];
+      for (int i = 0; i < parts; ++i) v[i] = load_first<T>(sums + (i * all_rows + row) * hidden + unit, count);
+      epilogue(row, unit, v, count);
+    }
+}
+
 }  // namespace
 
 template <class T> void idu_forward(const IduForward<T>& o, int64_t phase, int64_t t, int64_t start, int64_t begin,
@@ -108,25 +123,25 @@ template <class T> void idu_forward(const IduForward<T>& o, int64_t phase, int64
   const auto with_bias = [&](Pack<T> v, int64_t unit, int count) {
     return o.b_h ? v + load_first<T>(o.b_h + unit, count) : v;
   };
+  const auto multiply = [&]<int parts>(const T* a, const T* const(&panels)[parts], const auto& epilogue) {
+    if (o.sums && t != start) return epilogues<parts, T>(hidden, o.sums, s.rows(), begin, end, first, last, epilogue);
+    products<parts, T>(hidden, a, panels, begin, end, first, last, t == start, epilogue);
+  };
   if (s.after) {
-    products<2, T>(hidden, h, {o.w_r, o.w_h}, begin, end, first, last, t == start,
-                   [&](int64_t row, int64_t unit, const Pack<T>(&v)[2], int count) {
-                     const Pack<T> r = reset(row, unit, v[0], count), p = with_bias(v[1], unit, count);
-                     if (o.gates) store_first<T>(inner + row * hidden + unit, p, count);
-                     update(row, unit, r * p, count);
-                   });
+    multiply.template operator()<2>(h, {o.w_r, o.w_h}, [&](int64_t row, int64_t unit, const Pack<T>(&v)[2], int count) {
+      const Pack<T> r = reset(row, unit, v[0], count), p = with_bias(v[1], unit, count);
+      if (o.gates) store_first<T>(inner + row * hidden + unit, p, count);
+      update(row, unit, r * p, count);
+    });
   } else if (phase == 0) {
-    products<1, T>(hidden, h, {o.w_r}, begin, end, first, last, t == start,
-                   [&](int64_t row, int64_t unit, const Pack<T>(&v)[1], int count) {
-                     const Pack<T> r = reset(row, unit, v[0], count);
-                     store_first<T>(inner + row * hidden + unit, r * load_first<T>(h + row * hidden + unit, count),
-                                    count);
-                   });
+    multiply.template operator()<1>(h, {o.w_r}, [&](int64_t row, int64_t unit, const Pack<T>(&v)[1], int count) {
+      const Pack<T> r = reset(row, unit, v[0], count);
+      store_first<T>(inner + row * hidden + unit, r * load_first<T>(h + row * hidden + unit, count), count);
+    });
   } else {
-    products<1, T>(hidden, inner, {o.w_h}, begin, end, first, last, t == start,
-                   [&](int64_t row, int64_t unit, const Pack<T>(&v)[1], int count) {
-                     update(row, unit, with_bias(v[0], unit, count), count);
-                   });
+    multiply.template operator()<1>(inner, {o.w_h}, [&](int64_t row, int64_t unit, const Pack<T>(&v)[1], int count) {
+      update(row, unit, with_bias(v[0], unit, count), count);
+    });
   }
 }
 

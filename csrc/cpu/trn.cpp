@@ -15,6 +15,7 @@
 
 #include "cpu/packed.h"
 #include "cpu/recurrence_call.h"
+#include "stream_product.h"
 
 namespace pyflowgen {
 namespace {
@@ -387,8 +388,8 @@ template <class T, class W, class F> auto with_storage(int product, const F& f) 
   return is_exact(product) ? f.template operator()<T>() : f.template operator()<W>();
 }
 
-template <class T> std::array<TrnWeights<T>, products> stream_shapes(int64_t F, int64_t H, int64_t C) {
-  std::array<TrnWeights<T>, products> w{};
+template <class T> std::array<StreamWeights<T>, products> stream_shapes(int64_t F, int64_t H, int64_t C) {
+  std::array<StreamWeights<T>, products> w{};
   const auto shape = [&](int product, int64_t units, int64_t a, int64_t b = 0, int64_t c = 0) {
     w[product].cell = is_cell(product), w[product].units = units;
     w[product].depth[0] = a, w[product].depth[1] = b, w[product].depth[2] = c;
@@ -400,11 +401,11 @@ template <class T> std::array<TrnWeights<T>, products> stream_shapes(int64_t F, 
 
 // Where each product's weights begin, in bytes, and where the last one's end.
 template <class T, class W>
-std::array<int64_t, products + 1> stream_layout(const std::array<TrnWeights<T>, products>& shapes) {
+std::array<int64_t, products + 1> stream_layout(const std::array<StreamWeights<T>, products>& shapes) {
   std::array<int64_t, products + 1> at{};
   for (int p = 0; p < products; ++p)
     at[p + 1] = at[p] + with_storage<T, W>(
-                            p, [&]<class V>() { return PYFLOWGEN_CALL_OF((trn_packed_bytes<T, V>), shapes[p]); });
+                            p, [&]<class V>() { return PYFLOWGEN_CALL_OF((stream_packed_bytes<T, V>), shapes[p]); });
   return at;
 }
 
@@ -446,14 +447,14 @@ Tensor trn_pack(std::vector<Tensor> weights, int64_t storage) {
       const Tensor packed = torch::stable::new_empty(enc, {layout[products] / int64_t(sizeof(W))}, packed_dtype);
       recurrence::use_large_pages(packed, layout[products]);
       for (int p = 0; p < products; ++p) {
-        const TrnWeights<T>& w = all[p];
-        const int64_t deepest = *std::max_element(w.depth, w.depth + trn_parts);
-        const int64_t blocks = PYFLOWGEN_CALL(trn_blocks<T>, w.cell, w.units);
-        const int64_t threads = std::min(blocks, threads_for(8 * blocks * trn_block_rows * deepest));
+        const StreamWeights<T>& w = all[p];
+        const int64_t deepest = *std::max_element(w.depth, w.depth + stream_parts);
+        const int64_t blocks = PYFLOWGEN_CALL(stream_blocks<T>, w.cell, w.units);
+        const int64_t threads = std::min(blocks, threads_for(8 * blocks * stream_block_rows * deepest));
         in_threads(threads, [&](int64_t i) {
-          std::vector<T> scratch(size_t(trn_block_rows * deepest));
+          std::vector<T> scratch(size_t(stream_block_rows * deepest));
           with_storage<T, W>(p, [&]<class V>() {
-            PYFLOWGEN_CALL_OF((trn_pack<T, V>), w, static_cast<char*>(packed.data_ptr()) + layout[p], scratch.data(),
+            PYFLOWGEN_CALL_OF((stream_pack<T, V>), w, static_cast<char*>(packed.data_ptr()) + layout[p], scratch.data(),
                               blocks * i / threads, blocks * (i + 1) / threads);
           });
         });
@@ -491,10 +492,10 @@ template <class T, class W> void step_as(const Step<T>& o, const Tensor& packed)
   std::array<int64_t, products> blocks, scratch_of;
   int64_t scratch = 0;
   for (int p = 0; p < products; ++p) {
-    blocks[p] = PYFLOWGEN_CALL(trn_blocks<T>, shapes[p].cell, shapes[p].units);
+    blocks[p] = PYFLOWGEN_CALL(stream_blocks<T>, shapes[p].cell, shapes[p].units);
     const int64_t depth = shapes[p].depth[0] + shapes[p].depth[1] + shapes[p].depth[2];
     scratch_of[p] = with_storage<T, W>(p, [&]<class V>() {
-      return PYFLOWGEN_CALL_OF((trn_scratch_bytes<T, V>), (p == future_layer && !o.before ? L : 1) * B, depth);
+      return PYFLOWGEN_CALL_OF((stream_scratch_bytes<T, V>), (p == future_layer && !o.before ? L : 1) * B, depth);
     });
     scratch = std::max(scratch, scratch_of[p]);
   }
@@ -514,11 +515,11 @@ template <class T, class W> void step_as(const Step<T>& o, const Tensor& packed)
     T *u = room.get() + shared + m.place * own, *mean = u + B * H, *q = mean + B * H;
     const auto multiply = [&](int p, int64_t n, std::initializer_list<const T*> in, bool relu, T* y, const T* c,
                               T* c_next, const Member& part) {
-      TrnProduct<T> product{is_cell(p), relu, n, shapes[p].units, {}, {}, weights + layout[p], y, c, c_next};
-      std::copy_n(shapes[p].depth, trn_parts, product.depth);
+      StreamProduct<T> product{is_cell(p), relu, n, shapes[p].units, {}, {}, weights + layout[p], y, c, c_next};
+      std::copy_n(shapes[p].depth, stream_parts, product.depth);
       std::copy(in.begin(), in.end(), product.in);
       with_storage<T, W>(p, [&]<class V>() {
-        PYFLOWGEN_CALL_OF((trn_product<T, V>), product, part.begin(blocks[p]), part.end(blocks[p]),
+        PYFLOWGEN_CALL_OF((stream_product<T, V>), product, part.begin(blocks[p]), part.end(blocks[p]),
                           bytes.get() + m.place * scratch);
       });
     };

@@ -145,7 +145,7 @@ class Detector(nn.Module):
 
         Parameters, ``state_dict`` and clips stay as they are. Returns self.
         """
-        raise ValueError(f"{type(self).__name__}.pack: there is no step on {dtype} weights for this model")
+        raise NotImplementedError
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Softmax over the classes that are not ignored; those get 0."""

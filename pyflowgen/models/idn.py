@@ -82,6 +82,17 @@ class IDN(Detector):
         h, (kept, seen) = self.idu.frames(self.embed(self._standard(features)), cache)
         return self.classifier(h), {"kept": kept, "seen": seen}
 
+    def step(self, frame: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        if torch.is_grad_enabled() or frame.dim() != 2:
+            return super().step(frame, state)
+        e = self.embed(self._standard(frame[:, None]))[:, 0]
+        h, (kept, seen) = self.idu.step(e, None if state is None else (state["kept"], state["seen"]))
+        return self.classifier(h), {"kept": kept, "seen": seen}
+
+    def pack(self, dtype: torch.dtype | None = None) -> IDN:
+        self.idu.pack(dtype)
+        return self
+
     def loss(self, features: Tensor, targets: Tensor) -> Tensor:
         e = self.embed(self._standard(features))
         kept = (targets > 0).any(-1)

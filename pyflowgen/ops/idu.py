@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyflowgen import _native
-from pyflowgen.recurrence import Packed
+from pyflowgen._native import tracing
+from pyflowgen.recurrence import STORAGE, Packed, storage_of
 
 Reset = Literal["before", "after"]
 Gate = Literal["sigmoid", "hard_sigmoid"]
@@ -283,6 +284,16 @@ class _Panels(Packed):
         return torch.ops.pyflowgen.idu_pack.default(w, v, b)
 
 
+class _Short(Packed):
+    """The same, and the gates' biases, as short as a stream's step reads them."""
+
+    def _make(self, op: str, w: Tensor, v: Tensor, b: Tensor | None, d: Tensor | None) -> Tensor:
+        assert b is not None
+        if self.dtype is torch.int8 and not b.isfinite().all():
+            raise ValueError(f"{op}: a weight is not finite, which int8 cannot hold")
+        return torch.ops.pyflowgen.idu_step_pack.default(w, v, b, d, STORAGE[self.dtype])
+
+
 class IDU(nn.Module):
     """:func:`idu` with its weights: over one window, at every frame of a clip, and frame by frame.
 
@@ -302,6 +313,11 @@ class IDU(nn.Module):
         >>> x = torch.randn(2, 9, 3)
         >>> all_frames, _ = layer.frames(x)
         >>> torch.allclose(all_frames[:, -1], layer(x[:, -5:]), atol=1e-6)
+        True
+        >>> cache = layer.pack(torch.bfloat16).init_cache(2)
+        >>> for t in range(9):  # a stream, on weights half as long
+        ...     h, cache = layer.step(x[:, t], cache)
+        >>> torch.allclose(all_frames[:, -1], h, atol=1e-2)
         True
     """
 
@@ -330,7 +346,7 @@ class IDU(nn.Module):
         for weight in (self.weight_x, self.weight_0, self.weight_h):
             for rows in weight.detach().chunk(2):
                 nn.init.orthogonal_(rows)
-        self._packed = _Panels()
+        self._packed, self._short = _Panels(), _Short()
 
     def forward(self, x: Tensor, length: Tensor | None = None) -> Tensor:
         """h of the last chunk of each window, ``(batch, H)``."""
@@ -362,14 +378,8 @@ class IDU(nn.Module):
         """
         if x.dim() != 3 or x.shape[2] != self.embedding:
             raise ValueError(f"IDU: x has shape {tuple(x.shape)}, expected (batch, frames, {self.embedding})")
-        kept, seen = self.init_cache(len(x)) if cache is None else cache
+        kept, seen = self._cache(len(x), cache)
         batch, count = x.shape[:2]
-        shape = batch, self.window - 1, 2 * self.hidden
-        if kept.shape != shape or seen.shape != shape[:1]:
-            raise ValueError(
-                f"IDU: cache has shapes {tuple(kept.shape)} and {tuple(seen.shape)}, expected {shape} and ({batch},) "
-                "as init_cache gives it"
-            )
         if not count:
             return x.new_zeros(batch, 0, self.hidden), (kept, seen)
         if count == 1:
@@ -385,6 +395,46 @@ class IDU(nn.Module):
         else:
             h, given = _windows(*arguments, *options)  # type: ignore[arg-type]
         return h, (given[:, count:], seen)
+
+    def pack(self, dtype: torch.dtype | None = None) -> IDU:
+        """Hold the weights that :meth:`step` reads in ``dtype``: None (their own), bfloat16 or int8. Returns self.
+
+        The state, all sums and what is kept of the chunks stay float32. int8 has a scale for each row of each weight,
+        and turns what is multiplied into 8 bits with a scale for each step.
+        """
+        self._short = _Short(storage_of(dtype, self.weight_h))
+        return self
+
+    def step(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """h of the next chunk ``(batch, E)`` of streams, ``(batch, H)``, and the cache for the one after.
+
+        :meth:`frames` of it alone, without gradients, on weights packed once (see :meth:`pack`).
+        """
+        if x.dim() != 2 or x.shape[1] != self.embedding:
+            raise ValueError(f"IDU: x has shape {tuple(x.shape)}, expected (batch, {self.embedding})")
+        p = self._parameters
+        short = None
+        if self._short.dtype is not None and _use_kernel(x) and not tracing():
+            short = self._short.get("idu", p["weight_x"], p["weight_0"], p["weight_h"], self.bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            if short is None:
+                h, cache = self.frames(x[:, None], cache)
+                return h[:, 0], cache
+            kept, seen = self._cache(len(x), cache)
+            length = (seen + 1).clamp_(max=self.window)
+            how = self.reset == "after", self.gate == "hard_sigmoid", self.update == "state"
+            h, given = torch.ops.pyflowgen.idu_step.default(x, kept, length, short, self.bias, *how)
+            return h, (given[:, 1:], length)
+
+    def _cache(self, batch: int, cache: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        kept, seen = self.init_cache(batch) if cache is None else cache
+        shape = batch, self.window - 1, 2 * self.hidden
+        if kept.shape != shape or seen.shape != shape[:1]:
+            raise ValueError(
+                f"IDU: cache has shapes {tuple(kept.shape)} and {tuple(seen.shape)}, expected {shape} and ({batch},) "
+                "as init_cache gives it"
+            )
+        return kept, seen
 
     def extra_repr(self) -> str:
         return (
@@ -414,6 +464,12 @@ def _fake_backward(dh, dgiven, x, w_x, w_0, w_h, length, after, hard, keeps, gat
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
+def _fake_step(x, cached, length, packed, bias, after, hard, keeps):  # type: ignore[no-untyped-def]
+    batch, earlier, width = cached.shape
+    return x.new_empty(batch, width // 2), x.new_empty(batch, earlier + 1, width)
+
+
 _native.register("idu", _fake)
+_native.register("idu_step", _fake_step)
 _native.register("idu_backward", _fake_backward)
 _native.find_kernels("idu_pack")
