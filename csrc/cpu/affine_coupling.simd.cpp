@@ -84,26 +84,59 @@ template <Mode mode, class T> PYFLOWGEN_INLINE void put(Cursor<T> to, Pack<Compu
   else store_as(to.p, v);
 }
 
+// Lines that are about to be written are asked for so many bytes ahead. An output mostly is memory that was used a
+// while ago and waits in the last cache, in streams that end at every row or page: no pattern that a processor would
+// follow. Beyond that cache it does harm: a line that is wholly overwritten need not be read from memory.
+constexpr int64_t ahead = 2048, last_cache = int64_t(24) << 20;
+template <class T> bool fits_cache(const AffineCouplingOptions& o) {
+  return 7 * o.batch * o.count * o.inner * int64_t(sizeof(T)) <= last_cache;  // all that a backward reads and writes
+}
+template <Mode mode, class T, class... Rest> PYFLOWGEN_INLINE void prefetch_write(Cursor<T> to, Rest... rest) {
+  if constexpr (mode != Mode::any) __builtin_prefetch((const char*)to.p + ahead, 1);
+  if constexpr (sizeof...(rest) > 0) prefetch_write<mode>(rest...);
+}
+
+// What the loops take from the options, by value: a store through a pointer might change what is in memory.
+template <class T> struct Constants {
+  Pack<Compute<T>> clamp;
+  bool cached, shift_first, inverse;
+  explicit Constants(const AffineCouplingOptions& o)
+      : clamp(broadcast(Compute<T>(o.clamp))),
+        cached(fits_cache<T>(o)),
+        shift_first(o.shift_first),
+        inverse(o.inverse) {}
+};
+// y = x a + t, as most couplings are: known at compile time, so that the loop has no branches.
+template <class T> struct ScaleShift {
+  Pack<Compute<T>> clamp;
+  bool cached;
+  static constexpr bool shift_first = false, inverse = false;
+  explicit ScaleShift(const AffineCouplingOptions& o)
+      : clamp(broadcast(Compute<T>(o.clamp))), cached(fits_cache<T>(o)) {}
+};
+
+// The shift is left alone where nothing depends on it: its half of the parameters then never enters the cache.
 template <AffineScale S, Mode mode, class T, class V>
-PYFLOWGEN_INLINE void get_parameters(Cursor<const T> shift, Cursor<const T> log_scale, V& t, V& s, int n) {
+PYFLOWGEN_INLINE void get_parameters(Cursor<const T> shift, Cursor<const T> log_scale, bool needs_shift, V& t, V& s,
+                                     int n) {
   if constexpr (mode == Mode::pairs) {
     load_pairs(shift.p, t, s);
   } else {
-    t = get<mode>(shift, n);
+    if (needs_shift) t = get<mode>(shift, n);
     if constexpr (S != AffineScale::additive) s = get<mode>(log_scale, n);
   }
 }
 
-// One pack of n = width<T> elements, or fewer in Mode::any; returns l, zero beyond n. Only Mode::any has a mask.
-template <AffineScale S, Mode mode, class T>
-PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp,
-                                               Cursor<const T> x, Cursor<const T> shift, Cursor<const T> log_scale,
-                                               Cursor<const uint8_t> mask, Cursor<T> y, int n) {
+template <AffineScale S, Mode mode, class T, class Known>
+PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const Known& c, Cursor<const T> x, Cursor<const T> shift,
+                                               Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> y,
+                                               int n) {
   using C = Compute<T>;
+  if (c.cached) prefetch_write<mode>(y);
   const Pack<C> vx = get<mode>(x, n);
   Pack<C> vt, vs{};
-  get_parameters<S, mode>(shift, log_scale, vt, vs, n);
-  auto [vy, l] = formula::affine_coupling<S>(vx, vt, vs, clamp, o.shift_first, o.inverse);
+  get_parameters<S, mode>(shift, log_scale, true, vt, vs, n);
+  auto [vy, l] = formula::affine_coupling<S>(vx, vt, vs, c.clamp, c.shift_first, c.inverse);
   if constexpr (mode == Mode::any) {
     if (mask.p) {
       const auto selected = load_mask<C>(mask, n);
@@ -116,17 +149,17 @@ PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const AffineCouplingOptions& o, P
   return l;
 }
 
-template <AffineScale S, Mode mode, class T>
-PYFLOWGEN_INLINE void backward_pack(const AffineCouplingOptions& o, Pack<Compute<T>> clamp, Pack<Compute<T>> dlogdet,
-                                    Cursor<const T> dy, Cursor<const T> x, Cursor<const T> shift,
-                                    Cursor<const T> log_scale, Cursor<const uint8_t> mask, Cursor<T> dx,
-                                    Cursor<T> dshift, Cursor<T> dlog_scale, int n) {
+template <AffineScale S, Mode mode, class T, class Known>
+PYFLOWGEN_INLINE void backward_pack(const Known& c, Pack<Compute<T>> dlogdet, Cursor<const T> dy, Cursor<const T> x,
+                                    Cursor<const T> shift, Cursor<const T> log_scale, Cursor<const uint8_t> mask,
+                                    Cursor<T> dx, Cursor<T> dshift, Cursor<T> dlog_scale, int n) {
   using C = Compute<T>;
+  if (c.cached) prefetch_write<mode>(dx, dshift, dlog_scale);
   const Pack<C> vdy = get<mode>(dy, n), vx = get<mode>(x, n);
-  Pack<C> vt, vs{};
-  get_parameters<S, mode>(shift, log_scale, vt, vs, n);
+  Pack<C> vt{}, vs{};
+  get_parameters<S, mode>(shift, log_scale, c.shift_first != c.inverse, vt, vs, n);
   auto [vdx, vdt, vds] =
-      formula::affine_coupling_backward<S>(vdy, dlogdet, vx, vt, vs, clamp, o.shift_first, o.inverse);
+      formula::affine_coupling_backward<S>(vdy, dlogdet, vx, vt, vs, c.clamp, c.shift_first, c.inverse);
   if constexpr (mode == Mode::any) {
     if (mask.p) {
       const auto selected = load_mask<C>(mask, n);
@@ -152,6 +185,44 @@ template <class Body> PYFLOWGEN_INLINE void each_run(const Nest& nest, int64_t f
     const int64_t end = left < nest.run - begin ? begin + left : nest.run;
     body(k, begin, end);
     left -= end - begin;
+  }
+}
+
+// Elements of a row's event that make up one of its segments.
+struct Piece { int64_t first, last; };
+PYFLOWGEN_INLINE Piece piece(int64_t elements, int64_t segment, int64_t segments) {
+  if (segments == 1) return {0, elements};
+  return {elements * segment / segments, elements * (segment + 1) / segments};
+}
+
+// Pieces [begin, end), a row in each or one of its segments: packs(i, row, row_end, k, first, last) for stretches of
+// run k of some rows, then ends(i, row, k, first, last) for what `n` at a time leave over. Several rows in one call,
+// and none between them: the formula's constants stay in registers.
+constexpr int64_t rows_at_a_time = 32;
+template <int n, class Before, class Packs, class Ends, class After>
+PYFLOWGEN_INLINE void each_piece(const Nest nest, int64_t segments, int64_t begin, int64_t end, Before before,
+                                 Packs packs, Ends ends, After after) {
+  const int64_t elements = nest.run * nest.outer;
+  for (int64_t from = begin; from < end; from += rows_at_a_time) {
+    const int64_t to = end - from < rows_at_a_time ? end : from + rows_at_a_time;
+    before(from, to);
+    if (segments == 1 && nest.outer == 1) {
+      packs(from, from, to, 0, 0, nest.run);
+    } else {
+      for (int64_t i = from; i < to; ++i) {
+        const auto [first, last] = piece(elements, segments == 1 ? 0 : i % segments, segments);
+        each_run(nest, first, last,
+                 [&](int64_t k, int64_t b, int64_t e) { packs(i, i / segments, i / segments + 1, k, b, e); });
+      }
+    }
+    if (segments > 1 || nest.run % n)
+      for (int64_t i = from; i < to; ++i) {
+        const auto [first, last] = piece(elements, segments == 1 ? 0 : i % segments, segments);
+        each_run(nest, first, last, [&](int64_t k, int64_t b, int64_t e) {
+          if ((e - b) % n) ends(i, i / segments, k, e - (e - b) % n, e);
+        });
+      }
+    after(from, to);
   }
 }
 
@@ -183,79 +254,89 @@ template <class T, class A> struct ForwardWalk {
   }
 };
 
-// Sum of l over elements [first, last) of a row's event.
-template <AffineScale S, Mode mode, class T, class A> double forward_elements(const AffineCouplingForward<T, A>& a,
-                                                                              const ForwardWalk<T, A>& w, int64_t row,
-                                                                              int64_t first, int64_t last) {
+// Sum of l over elements [i, end) of run k of a row; whole packs only, but in Mode::any.
+template <AffineScale S, Mode mode, class T, class A, class Known>
+PYFLOWGEN_INLINE double forward_run(const Known& c, const ForwardWalk<T, A>& w, int64_t row, int64_t k, int64_t i,
+                                    int64_t end) {
   using V = Pack<Compute<T>>;
   constexpr int n = width<T>;
-  const V clamp = broadcast(Compute<T>(a.o.clamp));
+  const auto x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
+  const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
+  const auto y = w.y.along_run(row, k);
+  const auto pack = [&](int64_t j, int count) {
+    return forward_pack<S, mode>(c, at<mode>(x, j), parameter_at<mode>(shift, j), parameter_at<mode>(log_scale, j),
+                                 mask + j, at<mode>(y, j), count);
+  };
   double total = 0;
-  each_run(w.nest, first, last, [&](int64_t k, int64_t i, int64_t end) {
-    const auto x = w.x.along_run(row, k), shift = w.shift.along_run(row, k), log_scale = w.log_scale.along_run(row, k);
-    const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
-    const auto y = w.y.along_run(row, k);
-    const auto pack = [&](int64_t j, int count) {
-      return forward_pack<S, mode>(a.o, clamp, at<mode>(x, j), parameter_at<mode>(shift, j),
-                                   parameter_at<mode>(log_scale, j), mask + j, at<mode>(y, j), count);
-    };
-    while (end - i >= n) {
-      const int64_t last = (end - i) / n < long_sum ? i + (end - i) / n * n : i + long_sum * n;
-      f64v sum{};
-      while (i < last) {
-        const int64_t stop = last - i < short_sum * n ? last : i + short_sum * n;
-        V part{};
-        for (; i < stop; i += n) part += pack(i, n);
-        sum += widen_add(part);
-      }
-      total += reduce_add(sum);
+  while (end - i >= n) {
+    const int64_t leave = (end - i) / n < long_sum ? i + (end - i) / n * n : i + long_sum * n;
+    f64v sum{};
+    while (i < leave) {
+      const int64_t stop = leave - i < short_sum * n ? leave : i + short_sum * n;
+      V part{};
+      for (; i < stop; i += n) part += pack(i, n);
+      sum += widen_add(part);
     }
-    if (i < end) {  // the end of the run, and only here the slow way
-      if constexpr (mode == Mode::any) total += reduce_add(widen_add(pack(i, int(end - i))));
-      else total += forward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + end);
-    }
-  });
+    total += reduce_add(sum);
+  }
+  if constexpr (mode == Mode::any) {
+    if (i < end) total += reduce_add(widen_add(pack(i, int(end - i))));
+  }
   return total;
 }
-
+template <AffineScale S, Mode mode, class Known, class T, class A>
+__attribute__((noinline)) void forward_runs(const AffineCouplingOptions& o, const ForwardWalk<T, A>& given, int64_t row,
+                                            int64_t row_end, int64_t k, int64_t first, int64_t last, double* sums) {
+  const ForwardWalk<T, A> w = given;  // a copy, as Constants
+  const Known c(o);
+  for (; row < row_end; ++row) *sums++ += forward_run<S, mode>(c, w, row, k, first, last);
+}
 // Each lane its own row.
 template <AffineScale S, class T, class A>
 void forward_rows(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>& w, int64_t begin, int64_t end) {
   using V = Pack<Compute<T>>;
-  const V clamp = broadcast(Compute<T>(a.o.clamp));
+  const Constants<T> c(a.o);
   for (int64_t row = begin; row < end; row += width<T>) {
     const int n = int(end - row < width<T> ? end - row : width<T>);
     V sum{};
     for (int64_t k = 0; k < w.nest.outer; ++k)
       for (int64_t i = 0; i < w.nest.run; ++i)
         sum += forward_pack<S, Mode::any>(
-            a.o, clamp, w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
+            c, w.x.along_batch(row, k, i), w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
             w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0}, w.y.along_batch(row, k, i), n);
-    store_strided(a.logdet + row, 1, a.o.inverse ? -sum : sum, n);
+    store_strided(a.logdet + row, 1, c.inverse ? -sum : sum, n);
   }
 }
 
-// Elements of a row's event that make up one of its segments.
-struct Piece { int64_t first, last; };
-PYFLOWGEN_INLINE Piece piece(int64_t elements, int64_t segment, int64_t segments) {
-  if (segments == 1) return {0, elements};
-  return {elements * segment / segments, elements * (segment + 1) / segments};
-}
-
-// Rows [begin, end), or rows × segments when the sums go to `partial`. One function with the loop over rows inside: the
-// constants of the formula stay in registers from row to row.
+// Rows [begin, end), or rows × segments when the sums go to `partial`.
 template <AffineScale S, Mode mode, class T, class A> void forward_pieces(const AffineCouplingForward<T, A>& a,
                                                                           const ForwardWalk<T, A>& w, int64_t begin,
                                                                           int64_t end, double* partial) {
-  const AffineCouplingOptions& o = a.o;
-  const int64_t elements = o.count * o.inner, segments = partial ? affine_coupling_segments(o) : 1;
-  for (int64_t i = begin; i < end; ++i) {
-    if (!partial) copy_rest(o, a.x, a.x_strides, a.y, a.y_strides, i);
-    const auto [first, last] = piece(elements, partial ? i % segments : 0, segments);
-    const double sum = forward_elements<S, mode>(a, w, partial ? i / segments : i, first, last);
-    if (partial) partial[i] = sum;
-    else a.logdet[i] = A(o.inverse ? -sum : sum);
-  }
+  double sums[rows_at_a_time];
+  int64_t block = begin;
+  each_piece<mode == Mode::any ? 1 : width<T>>(
+      w.nest, partial ? affine_coupling_segments(a.o) : 1, begin, end,
+      [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to && !partial; ++i) copy_rest(a.o, a.x, a.x_strides, a.y, a.y_strides, i);
+        block = from;
+        for (double& sum : sums) sum = 0;
+      },
+      [&](int64_t i, int64_t row, int64_t row_end, int64_t k, int64_t first, int64_t last) {
+        double* const to = sums + (i - block);
+        if constexpr (mode != Mode::any)
+          if (!a.o.shift_first && !a.o.inverse)
+            return forward_runs<S, mode, ScaleShift<T>>(a.o, w, row, row_end, k, first, last, to);
+        forward_runs<S, mode, Constants<T>>(a.o, w, row, row_end, k, first, last, to);
+      },
+      [&](int64_t i, int64_t row, int64_t k, int64_t first, int64_t last) {
+        forward_runs<S, Mode::any, Constants<T>>(a.o, w, row, row + 1, k, first, last, sums + (i - block));
+      },
+      [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+          if (partial) partial[i] = sums[i - from];
+          else a.logdet[i] = A(a.o.inverse ? -sums[i - from] : sums[i - from]);
+        }
+      });
 }
 
 template <AffineScale S, class T, class A>
@@ -301,37 +382,40 @@ template <class T, class A> struct BackwardWalk {
   }
 };
 
-template <AffineScale S, Mode mode, class T, class A> void backward_elements(const AffineCouplingBackward<T, A>& a,
-                                                                             const BackwardWalk<T, A>& w, int64_t row,
-                                                                             int64_t first, int64_t last) {
-  using C = Compute<T>;
+// As forward_run.
+template <AffineScale S, Mode mode, class T, class A, class Known>
+PYFLOWGEN_INLINE void backward_run(const Known& c, Pack<Compute<T>> dlogdet, const BackwardWalk<T, A>& w, int64_t row,
+                                   int64_t k, int64_t i, int64_t end) {
   constexpr int n = width<T>;
-  const Pack<C> clamp = broadcast(C(a.o.clamp)), dlogdet = broadcast(C(a.dlogdet[row * a.dlogdet_stride]));
-  each_run(w.nest, first, last, [&](int64_t k, int64_t i, int64_t end) {
-    const auto dy = w.dy.along_run(row, k), x = w.x.along_run(row, k), shift = w.shift.along_run(row, k),
-               log_scale = w.log_scale.along_run(row, k);
-    const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
-    const auto dx = w.dx.along_run(row, k), dshift = w.dshift.along_run(row, k),
-               dlog_scale = w.dlog_scale.along_run(row, k);
-    for (; mode == Mode::any ? i < end : i + n <= end; i += n)
-      backward_pack<S, mode>(a.o, clamp, dlogdet, at<mode>(dy, i), at<mode>(x, i), parameter_at<mode>(shift, i),
-                             parameter_at<mode>(log_scale, i), mask + i, at<mode>(dx, i), parameter_at<mode>(dshift, i),
-                             parameter_at<mode>(dlog_scale, i), mode == Mode::any && end - i < n ? int(end - i) : n);
-    if (mode != Mode::any && i < end)
-      backward_elements<S, Mode::any>(a, w, row, k * w.nest.run + i, k * w.nest.run + end);
-  });
+  const auto dy = w.dy.along_run(row, k), x = w.x.along_run(row, k), shift = w.shift.along_run(row, k),
+             log_scale = w.log_scale.along_run(row, k);
+  const Cursor<const uint8_t> mask = w.mask.p ? w.mask.along_run(0, k) : Cursor<const uint8_t>{nullptr, 0};
+  const auto dx = w.dx.along_run(row, k), dshift = w.dshift.along_run(row, k),
+             dlog_scale = w.dlog_scale.along_run(row, k);
+  for (; mode == Mode::any ? i < end : i + n <= end; i += n)
+    backward_pack<S, mode>(c, dlogdet, at<mode>(dy, i), at<mode>(x, i), parameter_at<mode>(shift, i),
+                           parameter_at<mode>(log_scale, i), mask + i, at<mode>(dx, i), parameter_at<mode>(dshift, i),
+                           parameter_at<mode>(dlog_scale, i), mode == Mode::any && end - i < n ? int(end - i) : n);
+}
+template <AffineScale S, Mode mode, class Known, class T, class A>
+__attribute__((noinline)) void backward_runs(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& given,
+                                             int64_t row, int64_t row_end, int64_t k, int64_t first, int64_t last) {
+  const BackwardWalk<T, A> w = given;
+  const Known c(a.o);
+  const A* dlogdet = a.dlogdet + row * a.dlogdet_stride;
+  for (const int64_t stride = a.dlogdet_stride; row < row_end; ++row, dlogdet += stride)
+    backward_run<S, mode>(c, broadcast(Compute<T>(*dlogdet)), w, row, k, first, last);
 }
 
 template <AffineScale S, class T, class A>
 void backward_rows(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& w, int64_t begin, int64_t end) {
-  using C = Compute<T>;
-  const Pack<C> clamp = broadcast(C(a.o.clamp));
+  const Constants<T> c(a.o);
   for (int64_t row = begin; row < end; row += width<T>) {
     const int n = int(end - row < width<T> ? end - row : width<T>);
-    const Pack<C> dlogdet = load_strided(a.dlogdet + row * a.dlogdet_stride, a.dlogdet_stride, n);
+    const Pack<Compute<T>> dlogdet = load_strided(a.dlogdet + row * a.dlogdet_stride, a.dlogdet_stride, n);
     for (int64_t k = 0; k < w.nest.outer; ++k)
       for (int64_t i = 0; i < w.nest.run; ++i)
-        backward_pack<S, Mode::any>(a.o, clamp, dlogdet, w.dy.along_batch(row, k, i), w.x.along_batch(row, k, i),
+        backward_pack<S, Mode::any>(c, dlogdet, w.dy.along_batch(row, k, i), w.x.along_batch(row, k, i),
                                     w.shift.along_batch(row, k, i), w.log_scale.along_batch(row, k, i),
                                     w.mask.p ? w.mask.along_batch(0, k, i) : Cursor<const uint8_t>{nullptr, 0},
                                     w.dx.along_batch(row, k, i), w.dshift.along_batch(row, k, i),
@@ -342,13 +426,21 @@ void backward_rows(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, 
 template <AffineScale S, Mode mode, class T, class A> void backward_pieces(const AffineCouplingBackward<T, A>& a,
                                                                            const BackwardWalk<T, A>& w, int64_t begin,
                                                                            int64_t end, bool by_segment) {
-  const AffineCouplingOptions& o = a.o;
-  const int64_t elements = o.count * o.inner, segments = by_segment ? affine_coupling_segments(o) : 1;
-  for (int64_t i = begin; i < end; ++i) {
-    if (!by_segment) copy_rest(o, a.dy, a.dy_strides, a.dx, a.dx_strides, i);
-    const auto [first, last] = piece(elements, by_segment ? i % segments : 0, segments);
-    backward_elements<S, mode>(a, w, by_segment ? i / segments : i, first, last);
-  }
+  each_piece<mode == Mode::any ? 1 : width<T>>(
+      w.nest, by_segment ? affine_coupling_segments(a.o) : 1, begin, end,
+      [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to && !by_segment; ++i) copy_rest(a.o, a.dy, a.dy_strides, a.dx, a.dx_strides, i);
+      },
+      [&](int64_t, int64_t row, int64_t row_end, int64_t k, int64_t first, int64_t last) {
+        if constexpr (mode != Mode::any)
+          if (!a.o.shift_first && !a.o.inverse)
+            return backward_runs<S, mode, ScaleShift<T>>(a, w, row, row_end, k, first, last);
+        backward_runs<S, mode, Constants<T>>(a, w, row, row_end, k, first, last);
+      },
+      [&](int64_t, int64_t row, int64_t k, int64_t first, int64_t last) {
+        backward_runs<S, Mode::any, Constants<T>>(a, w, row, row + 1, k, first, last);
+      },
+      [](int64_t, int64_t) {});
 }
 
 template <AffineScale S, class T, class A>

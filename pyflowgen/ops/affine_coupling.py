@@ -193,14 +193,32 @@ def affine_coupling(
         >>> torch.allclose(back, x, atol=1e-5), torch.allclose(minus, -logdet)
         (True, True)
     """
+    options = _packed_options(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask)
+    if options is not None:
+        try:
+            return _run(x, shift, None, None, options)
+        except RuntimeError:  # the operator does not know its caller's words: say in them what does not fit
+            _arguments(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask)
+            raise
     args = _arguments(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask)
-    x, params, s = args[:3]
-    if not _native.use_kernel("affine_coupling", x):
+    if not _native.use_kernel("affine_coupling", args[0]):
         return _reference(*args)
-    if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad or (s is not None and s.requires_grad)):
-        y, logdet = _AffineCoupling.apply(*args[:4], args[4:])  # type: ignore[no-untyped-call]
-        return y, logdet
-    y, logdet = torch.ops.pyflowgen.affine_coupling(*args)
+    return _run(*args[:4], args[4:])
+
+
+_Options = tuple[int, int, int, int, float, bool, bool, int]
+
+
+def _run(
+    x: Tensor, params: Tensor, log_scale: Tensor | None, mask: Tensor | None, options: _Options
+) -> tuple[Tensor, Tensor]:
+    """The operator, with its gradient where one is asked for."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or params.requires_grad or (log_scale is not None and log_scale.requires_grad)
+    ):
+        y, logdet = _AffineCoupling.apply(x, params, log_scale, mask, options)  # type: ignore[no-untyped-call]
+    else:
+        y, logdet = torch.ops.pyflowgen.affine_coupling(x, params, log_scale, mask, *options)
     return y, logdet
 
 
@@ -220,6 +238,40 @@ def _check_options(scale: str, clamp: float | None, order: str, layout: str | No
     if not clamp > 0:
         raise ValueError(f"clamp must be positive, got {clamp}")
     return float(clamp)
+
+
+def _packed_options(
+    x: Tensor,
+    shift: Tensor,
+    log_scale: Tensor | None,
+    scale: str,
+    clamp: float | None,
+    order: str,
+    inverse: bool,
+    event_dim: int,
+    layout: str | None,
+    part: tuple[int, int] | None,
+    mask: Tensor | None,
+) -> _Options | None:
+    """The operator's options where its own checks are enough, as for most calls of a layer; else None.
+
+    For a small batch the questions that `_arguments` asks of the tensors take as long as the kernel.
+    """
+    if layout is None or mask is not None or log_scale is not None or event_dim < 1 or torch.compiler.is_compiling():
+        return None
+    if not (isinstance(x, Tensor) and isinstance(shift, Tensor) and _native.use_kernel("affine_coupling", x)):
+        return None
+    last = event_dim + (layout == "pairs")
+    if event_dim > x.dim() or last > shift.dim() or torch.is_autocast_enabled(x.device.type):
+        return None
+    count, (start, step) = shift.size(-last), part or (0, 1)
+    if layout != "pairs":
+        count //= 2
+    if count == 0 or (part is None and count != x.size(-event_dim)):  # the operator may be asked for less than all
+        return None
+    clamp = _check_options(scale, clamp, order, layout)
+    shift_first = order == "shift_scale"
+    return _LAYOUTS.index(layout), start, step, _SCALES.index(scale), clamp, shift_first, bool(inverse), event_dim
 
 
 def _arguments(
