@@ -128,6 +128,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def autocast_active() -> bool:
+    """Whether autocast is on for any device: quicker to ask than for one."""
+    return bool(torch._C._is_any_autocast_enabled())
+
+
 def reference_only() -> bool:
     """Whether :func:`reference_path` is in force."""
     return _reference_only
