@@ -91,6 +91,9 @@ def samples() -> list[Sample]:
     add("long-rows", normal(1, 2, 256, 150), normal(1, 4, 256, 150).abs(), layout="halves", event_dim=3)
     add("long-rows-part", normal(2, 4, 256, 140), normal(2, 4, 256, 140), layout="halves", event_dim=3, part=(1, 2))
     add("long-interleaved-vector", normal(2, 140001), normal(2, 140000).abs(), layout="interleaved", part=(1, 2))
+    for inverse in (False, True):  # the gradient of the inverse alone needs the shift
+        strided = normal(40, 37), normal(40, 74)[:, ::2], normal(40, 37, seed=1)
+        add(f"strided-shift-{'inverse' if inverse else 'forward'}", *strided, inverse=inverse)
     add("many-images", normal(40, 2, 3, 7), normal(40, 4, 3, 7), layout="interleaved", event_dim=3)
     for batch, features in ((0, 6), (1, 1), (1, 2), (5, 0), (123, 1), (5, 123), (70, 37)):
         add(f"size-{batch}x{features}", normal(batch, features), normal(batch, 2 * features), layout="halves")

@@ -262,7 +262,7 @@ def _packed_options(
     if not (isinstance(x, Tensor) and isinstance(shift, Tensor) and _native.use_kernel("affine_coupling", x)):
         return None
     last = event_dim + (layout == "pairs")
-    if event_dim > x.dim() or last > shift.dim() or torch.is_autocast_enabled(x.device.type):
+    if event_dim > x.dim() or last > shift.dim() or _native.autocast_active():
         return None
     count, (start, step) = shift.size(-last), part or (0, 1)
     if layout != "pairs":
