@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import Case, Factory, normal
+from .harness import SETTINGS, Case, Factory, normal
 
 WINDOW = 16
 # batch, features, hidden
@@ -106,6 +106,7 @@ def case(batch: int, features: int, hidden: int, stream: bool = False, short: st
         grad=(),
         compile=() if stream or (batch, features, hidden) in QUICK else ("eager",),
         slack=SLACK[short],
+        settings=("default",) if features > 128 else tuple(SETTINGS),  # what is compiled is so once a setting
         quick=stream or (batch, features, hidden) in QUICK,
     )
 

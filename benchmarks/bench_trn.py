@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .harness import Case, Factory, normal
+from .harness import SETTINGS, Case, Factory, normal
 
 STEPS, CLASSES = 8, 22
 # batch, frames, features, hidden
@@ -194,6 +194,7 @@ def case(batch: int, frames: int, features: int, hidden: int) -> Case:
         flops={"forward": flops, "forward+backward": 3 * flops},
         modes=("forward+backward",) if batch * hidden > 1024 else ("forward", "forward+backward"),
         compile=(),
+        settings=("default",) if features > 128 else tuple(SETTINGS),  # what is compiled is so once a setting
         quick=(batch, frames, features, hidden) in QUICK,
     )
 
