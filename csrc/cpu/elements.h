@@ -32,42 +32,82 @@ template <int lanes> struct Group {
   }
 };
 
-// Call body(group, index of its first element) for elements [first, last) of rows that have count × inner each.
+// The groups of elements [first, last) of rows that have count × inner each, one after the other.
+template <int lanes> struct Groups {
+  Group<lanes> group;
+  int64_t element;  // the group's first
+
+  PYFLOWGEN_INLINE Groups(int64_t count, int64_t inner, int64_t first, int64_t last)
+      : element(first), count_(count), inner_(inner), last_(last) {
+    // Lanes go along the innermost dimension that is long enough to fill most of them; else from one to the next.
+    const auto fills = [](int64_t length) {
+      return length % lanes == 0 || length * 4 >= (length + lanes - 1) / lanes * lanes * 3;
+    };
+    Group<lanes>& g = group;
+    g.inner_step = inner > 1 && fills(inner), g.channel_step = inner == 1 && count > 1 && fills(count);
+    g.row_step = count * inner == 1;
+    g.regular = g.inner_step || g.channel_step || g.row_step;
+    row_ = first / (count * inner), channel_ = first / inner % count, i_ = first % inner;
+    if (more()) fill();
+  }
+  // Without the places where there are none: they are the most of it.
+  PYFLOWGEN_INLINE Groups(const Groups& o)
+      : element(o.element),
+        count_(o.count_),
+        inner_(o.inner_),
+        last_(o.last_),
+        row_(o.row_),
+        channel_(o.channel_),
+        i_(o.i_) {
+    if (!o.group.regular) {
+      group = o.group;
+      return;
+    }
+    const Group<lanes>& g = o.group;
+    group.n = g.n, group.regular = true, group.row = g.row, group.channel = g.channel, group.inner = g.inner;
+    group.row_step = g.row_step, group.channel_step = g.channel_step, group.inner_step = g.inner_step;
+  }
+  PYFLOWGEN_INLINE bool more() const { return element < last_; }
+  PYFLOWGEN_INLINE void advance() {
+    element += group.n;
+    if (more()) fill();
+  }
+
+ private:
+  int64_t count_, inner_, last_, row_, channel_, i_;  // row, channel and inner of the next
+
+  PYFLOWGEN_INLINE void fill() {  // no division on the way: several would cost as much as a transpose
+    Group<lanes>& g = group;
+    const int64_t rest = last_ - element,
+                  run = g.inner_step     ? inner_ - i_
+                        : g.channel_step ? count_ - channel_
+                                         : rest,
+                  n = run < rest ? run : rest;
+    g.n = n < lanes ? int(n) : lanes;
+    g.row = row_, g.channel = channel_, g.inner = i_;
+    if (g.regular) {
+      row_ += g.row_step * g.n, channel_ += g.channel_step * g.n, i_ += g.inner_step * g.n;
+      if (i_ == inner_ && g.inner_step) i_ = 0, ++channel_;
+      if (channel_ == count_) channel_ = 0, ++row_;
+      return;
+    }
+    for (int l = 0; l < g.n; ++l) {
+      g.place[0][l] = row_, g.place[1][l] = channel_, g.place[2][l] = i_;
+      if (++i_ == inner_) {
+        i_ = 0;
+        if (++channel_ == count_) channel_ = 0, ++row_;
+      }
+    }
+    for (int l = g.n; l < lanes; ++l)  // lanes beyond the end repeat the first
+      g.place[0][l] = g.row, g.place[1][l] = g.channel, g.place[2][l] = g.inner;
+  }
+};
+
+// Call body(group, index of its first element) for each of them.
 template <int lanes, class Body>
 PYFLOWGEN_INLINE void each_group(int64_t count, int64_t inner, int64_t first, int64_t last, Body body) {
-  Group<lanes> g;
-  // Lanes go along the innermost dimension that is long enough to fill most of them; else from one to the next.
-  const auto fills = [](int64_t length) {
-    return length % lanes == 0 || length * 4 >= (length + lanes - 1) / lanes * lanes * 3;
-  };
-  const bool along_inner = inner > 1 && fills(inner), along_channels = inner == 1 && count > 1 && fills(count);
-  const bool along_rows = count * inner == 1;
-  g.regular = along_inner || along_channels || along_rows;
-  g.row_step = along_rows, g.channel_step = along_channels, g.inner_step = along_inner;
-  g.row = first / (count * inner), g.channel = first / inner % count, g.inner = first % inner;
-  for (int64_t e = first; e < last; e += g.n) {  // no division on the way: several would cost as much as a transpose
-    const int64_t left = along_inner ? inner - g.inner : along_channels ? count - g.channel : last - e;
-    const int64_t n = left < last - e ? left : last - e;
-    g.n = n < lanes ? int(n) : lanes;
-    int64_t row = g.row, channel = g.channel, i = g.inner;
-    if (g.regular) {
-      row += along_rows ? g.n : 0, channel += along_channels ? g.n : 0, i += along_inner ? g.n : 0;
-      if (i == inner && along_inner) i = 0, ++channel;
-      if (channel == count) channel = 0, ++row;
-    } else {
-      for (int l = 0; l < g.n; ++l) {
-        g.place[0][l] = row, g.place[1][l] = channel, g.place[2][l] = i;
-        if (++i == inner) {
-          i = 0;
-          if (++channel == count) channel = 0, ++row;
-        }
-      }
-      for (int l = g.n; l < lanes; ++l)  // lanes beyond the end repeat the first
-        for (int d = 0; d < 3; ++d) g.place[d][l] = g.place[d][0];
-    }
-    body(g, e);
-    g.row = row, g.channel = channel, g.inner = i;
-  }
+  for (Groups<lanes> groups(count, inner, first, last); groups.more(); groups.advance())
+    body(groups.group, groups.element);
 }
 
 // Lanes beyond n are 0.
@@ -163,18 +203,24 @@ PYFLOWGEN_INLINE void tile4_out(float* const* rows, int64_t column, const float*
 }
 
 #if defined(__AVX512F__)
-PYFLOWGEN_INLINE void tile8_in(const float* const* rows, int64_t column, float* packs) {
+// Eight columns; row(i): where row i's are.
+template <class Row> PYFLOWGEN_INLINE void eight_columns(Row row, f32v (&packs)[8]) {
   f32v v[8];
   for (int i = 0; i < 8; ++i) {
-    const int row = i < 4 ? i : i + 4;
-    v[i] = (f32v)_mm512_maskz_insertf32x8(__mmask16(-1), _mm512_castps256_ps512(_mm256_loadu_ps(rows[row] + column)),
-                                          _mm256_loadu_ps(rows[row + 4] + column), 1);
+    const int first = i < 4 ? i : i + 4;
+    v[i] = (f32v)_mm512_maskz_insertf32x8(__mmask16(-1), _mm512_castps256_ps512(_mm256_loadu_ps(row(first))),
+                                          _mm256_loadu_ps(row(first + 4)), 1);
   }
   transpose_blocks(v), transpose_blocks(v + 4);
   for (int i = 0; i < 4; ++i) {
-    store(packs + 16 * i, shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(v[i], v[i + 4]));
-    store(packs + 16 * (i + 4), shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(v[i], v[i + 4]));
+    packs[i] = shuffle<0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27>(v[i], v[i + 4]);
+    packs[i + 4] = shuffle<4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31>(v[i], v[i + 4]);
   }
+}
+PYFLOWGEN_INLINE void tile8_in(const float* const* rows, int64_t column, float* packs) {
+  f32v v[8];
+  eight_columns([&](int i) { return rows[i] + column; }, v);
+  for (int i = 0; i < 8; ++i) store(packs + 16 * i, v[i]);
 }
 PYFLOWGEN_INLINE void store_halves(float* low, float* high, f32v v) {
   f32h half[2];
@@ -301,12 +347,13 @@ PYFLOWGEN_INLINE void stream_done() {
 #endif
 }
 
-// Ask for the parameters of the group after the next: neighbours a few columns apart are no pattern that a processor
+// Ask for the parameters of a group to come: neighbours a few columns apart are no pattern that a processor
 // would follow by itself.
 template <int lanes, class T>
 PYFLOWGEN_INLINE void prefetch_rows(const T* p, const Strides& s, const Group<lanes>& g, int64_t columns) {
   if (!g.regular || g.step(s) != columns) return;
-  const char* const from = (const char*)(p + g.first(s) + 2 * lanes * columns);
+  const char* const from = (const char*)(p + g.first(s) + 3 * lanes * columns);
+#pragma GCC unroll 8
   for (int64_t i = 0; i < lanes * columns * int64_t(sizeof(T)); i += 64) __builtin_prefetch(from + i);
 }
 

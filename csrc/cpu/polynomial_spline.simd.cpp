@@ -266,7 +266,7 @@ __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const Pack
 
 // The degree is chosen for each pack: loops for every one of them would be most of the code.
 struct Polynomial {
-  static constexpr bool every_knot = false;
+  static constexpr bool every_knot = false, in_steps = false;
   template <class C>
   static PYFLOWGEN_INLINE void forward(const PackOptions<C>& o, const PackInputs<C>& in, PackResult<C>& out) {
     switch (o.degree) {

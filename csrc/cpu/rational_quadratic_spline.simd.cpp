@@ -6,7 +6,8 @@
 // transposes.
 //
 // Knots are never stored: two loops, the first for the sums of the softmax, the second adds bins up and keeps by blends
-// the one that x lies in. Only the derivatives at its two knots are evaluated.
+// the one that x lies in. Only the derivatives at its two knots are evaluated. With AVX-512, forward in eight bins of
+// float keeps both axes in registers from the transpose to the bin, and searches in integers.
 #include "rational_quadratic_spline.h"
 
 #include "cpu/spline_loops.h"
@@ -61,6 +62,97 @@ template <int K, class C> PYFLOWGEN_INLINE Found<Pack<C>> search(Pack<C> value, 
   return f;
 }
 
+#if defined(__AVX512F__)
+// 2^(27 - i / 32), and what taking i << 18 off its bits will lack.
+struct Powers {
+  uint32_t of[32];
+  constexpr Powers() : of{} {
+    double power = 0x1p27;
+    for (uint32_t i = 0; i < 32; ++i, power *= 0.97857206208770013450916112581343)
+      of[i] = __builtin_bit_cast(uint32_t, float(power)) + (i << 18);
+  }
+};
+alignas(64) constexpr Powers powers;
+
+// An axis of eight bins as search_quickly() goes through it. Sums are those of Sum<float>, in registers.
+struct QuickAxis {
+  u32v sums[8];
+  f32v largest, factor, rest, low, middle, high, least;
+  f32v knots_apart;  // by `least`, in units of the sums
+  f32v to_units;     // from places to units of the sums
+
+  // As softmax(): exponentials of x[k], which are logits as they are in memory. Lanes of `worst` beyond quick_limit are
+  // those in which the sums are wrong. With the largest exponent taken off, rounded to 1/32, and u = -(x - largest):
+  // t = -(magic + u), rounded to 1/32 by the addition, holds 32 u in its low bits; 2^-u is a power from a table with 27
+  // + u's integer part taken off its exponent, times a parabola in what rounding has left.
+  PYFLOWGEN_INLINE void fill(const PackOptions<float>& o, f32v (&x)[8], f32v minimum, f32v from, f32v to, i32v& worst) {
+    constexpr float magic = 0x1.8p18f;
+    f32v most[4];
+    for (int k = 0; k < 4; ++k) most[k] = formula::greater(x[k], x[k + 4]);
+    most[0] = formula::greater(most[0], most[2]), most[1] = formula::greater(most[1], most[3]);
+    largest = formula::greater(most[0], most[1]) * o.to_exponent;
+    const f32v rounded = (largest + magic) - magic, start = -magic - rounded;
+    worst = formula::abs(largest) < 0x1p16f ? worst : i32v{};
+    f32v t[8], power[8];
+    for (int k = 0; k < 8; ++k) t[k] = fma(x[k], o.to_exponent, start);
+    for (int k = 0; k < 8; ++k) {
+      const i32v bits = (i32v)t[k];
+      worst = worst > bits ? worst : bits;
+      x[k] = fma(x[k], o.to_exponent, start - t[k]);
+      const __m512i table =
+          _mm512_permutex2var_epi32(_mm512_load_si512(powers.of), (__m512i)bits, _mm512_load_si512(powers.of + 16));
+      power[k] = (f32v)((u32v)table - ((u32v)bits << 18));
+    }
+    u32v sum{};
+    for (int k = 0; k < 8; ++k) {
+      const f32v less_one = fma(x[k], broadcast(0.2402265f), broadcast(0.693157344f)) * x[k];
+      const f32v e = fma(power[k], less_one, power[k]);
+      sum += (u32v)_mm512_maskz_cvtps_epi32(__mmask16(-1), (__m512)e);
+      sums[k] = sum;
+    }
+    low = from, high = to, middle = (low + high) * 0.5f;
+    const f32v range = high - low;
+    least = minimum * range;
+    const f32v shared = fma(broadcast(-8.0f), least, range), lost = fma(broadcast(-8.0f), least, range - shared);
+    divide(shared, lost, Sum<float>{sum}, factor, rest);
+    to_units = __builtin_convertvector((i32v)sum, f32v) / shared;
+    knots_apart = least * to_units;
+  }
+  PYFLOWGEN_INLINE f32v knot(u32v at, f32v from_middle) const {
+    const f32v share = __builtin_convertvector((i32v)(at - (sums[7] >> 1)), f32v);
+    return fma(share, factor, fma(share, rest, fma(from_middle, least, middle)));
+  }
+};
+// -(0x1.8p18 + 110), whose bits grow with its size: e^-76 of the largest is the least.
+constexpr int32_t quick_limit = int32_t(0xc8c00000u + 32 * 110);
+
+// Whole bins are counted by integers; a knot may then lie beyond the value by what rounding does to it, and is set on
+// the value.
+PYFLOWGEN_INLINE Found<f32v> search_quickly(f32v value, const f32v (&d)[9], const QuickAxis& a, const QuickAxis& b) {
+  i32v place =
+      __builtin_convertvector((value - a.middle) * a.to_units + 3 * a.knots_apart, i32v) + (i32v)(a.sums[7] >> 1);
+  const i32v apart = __builtin_convertvector(a.knots_apart, i32v);
+  u32v a0{}, a1 = a.sums[0], b0{}, b1 = b.sums[0];
+  f32v number{}, d0 = d[0], d1 = d[1];
+  for (int k = 1; k < 8; ++k, place -= apart) {
+    const auto beyond = place >= (i32v)a.sums[k - 1];
+    a0 = beyond ? a.sums[k - 1] : a0, a1 = beyond ? a.sums[k] : a1;
+    b0 = beyond ? b.sums[k - 1] : b0, b1 = beyond ? b.sums[k] : b1;
+    d0 = beyond ? d[k] : d0, d1 = beyond ? d[k + 1] : d1;
+    number = beyond ? f32v{} + float(k) : number;
+  }
+  const f32v from_middle = number - 4.0f, next = number - 3.0f;
+  const auto first = number == 0, last = number == 7;
+  return {formula::lesser(value, first ? a.low : a.knot(a0, from_middle)),
+          formula::greater(value, last ? a.high : a.knot(a1, next)),
+          first ? b.low : b.knot(b0, from_middle),
+          last ? b.high : b.knot(b1, next),
+          d0,
+          d1,
+          number};
+}
+#endif
+
 // Knots and derivatives of the bin that x is in (y, for the inverse).
 template <class V> struct Located {
   formula::SplineBin<V> bin;
@@ -68,26 +160,103 @@ template <class V> struct Located {
 };
 
 template <SplineConvention S, int K, bool keep, class C>
-PYFLOWGEN_INLINE Located<Pack<C>> locate(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> value,
-                                         Axis<C>& widths, Axis<C>& heights) {
+PYFLOWGEN_INLINE Found<Pack<C>> find(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> value, Axis<C>& widths,
+                                     Axis<C>& heights) {
   softmax<K, keep>(o, [&](int k) { return logit<S, false>(o, in.u, k); }, o.min_width, in.left, in.right, widths);
   softmax<K, keep>(o, [&](int k) { return logit<S, true>(o, in.u, k); }, o.min_height, in.bottom, in.top, heights);
-  const auto f =
-      o.inverse ? search<K>(value, in.u, o.bins, heights, widths) : search<K>(value, in.u, o.bins, widths, heights);
+  return o.inverse ? search<K>(value, in.u, o.bins, heights, widths) : search<K>(value, in.u, o.bins, widths, heights);
+}
+
+template <SplineConvention S, int K, bool keep, class C>
+PYFLOWGEN_INLINE Located<Pack<C>> locate(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> value,
+                                         Axis<C>& widths, Axis<C>& heights) {
+  const auto f = find<S, K, keep>(o, in, value, widths, heights);
   const auto d0 = formula::knot_derivative<S>(f.d0, o.min_derivative, o.edge, o.inverse_clip),
              d1 = formula::knot_derivative<S>(f.d1, o.min_derivative, o.edge, o.inverse_clip);
   if (o.inverse) return {{f.b0, f.b1, f.a0, f.a1, d0.value, d1.value}, f.bin, d0.derivative, d1.derivative};
   return {{f.a0, f.a1, f.b0, f.b1, d0.value, d1.value}, f.bin, d0.derivative, d1.derivative};
 }
 
-// y and l inside, rubbish elsewhere. Not inlined: once for every convention and element type, whatever the storage.
+template <class C> PYFLOWGEN_INLINE Pack<C> inside_or_edge(const PackOptions<C>& o, const PackInputs<C>& in) {
+  return is_inside(o, in) ? in.x : o.inverse ? in.bottom : in.left;
+}
+
+// A group on its way from the first step, which finds the bin, to the next.
+template <class C> struct RationalQuadraticPlace {
+  Pack<C> x, value;  // equal inside
+  Found<Pack<C>> found;
+  PackResult<C> result;  // inside, rubbish elsewhere
+};
+
+// Not inlined: once for every convention and element type, whatever the storage.
 template <SplineConvention S, int K, class C>
-__attribute__((noinline)) void forward_pack(const PackOptions<C>& o, const PackInputs<C>& in, PackResult<C>& out) {
+__attribute__((noinline)) void locate_pack(const PackOptions<C>& o, const PackInputs<C>& in,
+                                           RationalQuadraticPlace<C>& place) {
   Axis<C> widths, heights;
-  const Pack<C> value = is_inside(o, in) ? in.x : o.inverse ? in.bottom : in.left;
-  const auto at = locate<S, K, false>(o, in, value, widths, heights);
-  const auto [y, l] = formula::rational_quadratic(value, at.bin, o.inverse);
-  out = {y, l};
+  place.x = in.x, place.value = inside_or_edge(o, in);
+  place.found = find<S, K, false>(o, in, place.value, widths, heights);
+}
+
+#if defined(__AVX512F__)
+// By the long way, where one lane's logits are too far apart.
+__attribute__((noinline, cold)) void locate_slowly(const PackOptions<float>& o, PackInputs<float> in,
+                                                   RationalQuadraticPlace<float>& place) {
+  alignas(64) float buffer[23 * lanes<float>], edge[lanes<float>];
+  if (in.rows) {
+    const float* rows[lanes<float>];
+    for (int l = 0; l < lanes<float>; ++l) rows[l] = in.rows + l * in.row_step;
+    rows_to_packs<float>(rows, 1, 23, buffer);
+    store(edge, o.edge);
+    in.u = {buffer, buffer + 8 * lanes<float>, buffer + 16 * lanes<float>, lanes<float>, edge, edge};
+  }
+  locate_pack<SplineConvention::nflows, 0>(o, in, place);
+}
+
+__attribute__((noinline)) void locate_quickly(const PackOptions<float>& o, const PackInputs<float>& in,
+                                              RationalQuadraticPlace<float>& place) {
+  const auto eight = [&](int64_t column, const float* p, f32v(&v)[8]) {
+    if (in.rows) eight_columns([&](int i) { return in.rows + i * in.row_step + column; }, v);
+    else
+      for (int k = 0; k < 8; ++k) v[k] = load(p + k * in.u.stride);
+  };
+  place.x = in.x, place.value = inside_or_edge(o, in);
+  QuickAxis w, h;
+  f32v v[8], d[9];
+  i32v worst = i32v{} + int32_t(0x80000000);
+  eight(0, in.u.widths, v), w.fill(o, v, o.min_width, in.left, in.right, worst);
+  eight(8, in.u.heights, v), h.fill(o, v, o.min_height, in.bottom, in.top, worst);
+  if (in.rows) {  // the last height first
+    eight_columns([&](int i) { return in.rows + i * in.row_step + 15; }, v);
+    d[0] = d[8] = o.edge;
+    for (int k = 1; k < 8; ++k) d[k] = v[k];
+  } else {
+    d[0] = load(in.u.first), d[8] = load(in.u.last);
+    for (int k = 1; k < 8; ++k) d[k] = load(in.u.inner + (k - 1) * in.u.stride);
+  }
+  place.found = o.inverse ? search_quickly(place.value, d, h, w) : search_quickly(place.value, d, w, h);
+  if (_mm512_cmpgt_epi32_mask((__m512i)worst, _mm512_set1_epi32(quick_limit))) locate_slowly(o, in, place);
+}
+#endif
+
+template <SplineConvention S, class C, int n>
+PYFLOWGEN_INLINE void finish_packs(const PackOptions<C>& o, RationalQuadraticPlace<C>* places, bool inverse) {
+  formula::Splined<Pack<C>> r[n];
+  for (int i = 0; i < n; ++i) {
+    const auto& f = places[i].found;
+    const auto d0 = formula::knot_derivative<S>(f.d0, o.min_derivative, o.edge, o.inverse_clip).value,
+               d1 = formula::knot_derivative<S>(f.d1, o.min_derivative, o.edge, o.inverse_clip).value;
+    const formula::SplineBin<Pack<C>> bin = inverse ? formula::SplineBin<Pack<C>>{f.b0, f.b1, f.a0, f.a1, d0, d1}
+                                                    : formula::SplineBin<Pack<C>>{f.a0, f.a1, f.b0, f.b1, d0, d1};
+    r[i] = formula::rational_quadratic(places[i].value, bin, inverse);
+  }
+  for (int i = 0; i < n; ++i) places[i].result = {r[i].y, r[i].l};
+}
+template <SplineConvention S, class C>
+__attribute__((noinline)) void finish_all(const PackOptions<C>& o, RationalQuadraticPlace<C>* places, int used) {
+  for (int i = 0; i < used; i += 2) {
+    if (o.inverse) finish_packs<S, C, 2>(o, places + i, true);
+    else finish_packs<S, C, 2>(o, places + i, false);
+  }
 }
 
 // Gradients of an axis' parameters: `shift` is that of the bin's beginning, `size` that of its size. Bin j of the axis
@@ -151,10 +320,26 @@ __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const Pack
 
 template <SplineConvention S> struct RationalQuadratic {
   static constexpr bool every_knot = true;
+  static constexpr bool in_steps = true;
+  template <class C> using Place = RationalQuadraticPlace<C>;
+  template <class C> static bool takes_rows([[maybe_unused]] const PackOptions<C>& o) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == sizeof(float) && S == SplineConvention::nflows)
+      return o.bins == 8 && o.min_width[0] <= 0.0625f && o.min_height[0] <= 0.0625f;
+#endif
+    return false;
+  }
   template <class C>
-  static PYFLOWGEN_INLINE void forward(const PackOptions<C>& o, const PackInputs<C>& in, PackResult<C>& out) {
-    if (S == SplineConvention::nflows && o.bins == 8) forward_pack<S, 8>(o, in, out);
-    else forward_pack<S, 0>(o, in, out);
+  static PYFLOWGEN_INLINE void locate(const PackOptions<C>& o, const PackInputs<C>& in, Place<C>& place) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(C) == sizeof(float) && S == SplineConvention::nflows)
+      if (takes_rows(o)) return locate_quickly(o, in, place);
+#endif
+    if (S == SplineConvention::nflows && o.bins == 8) locate_pack<S, 8>(o, in, place);
+    else locate_pack<S, 0>(o, in, place);
+  }
+  template <class C> static PYFLOWGEN_INLINE void finish(const PackOptions<C>& o, Place<C>* places, int used) {
+    finish_all<S>(o, places, used);
   }
   template <class C> static PYFLOWGEN_INLINE void backward(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> dy,
                                                            Pack<C> dlogdet, PackGradients<C>& out, Pack<C>& dx) {

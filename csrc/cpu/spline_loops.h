@@ -21,6 +21,8 @@ template <class C> struct PackParameters {
 template <class C> struct PackInputs {
   Pack<C> x, left, right, bottom, top;
   PackParameters<C> u;
+  const C* rows;  // not null: lane l's parameters are at rows + l row_step instead
+  int64_t row_step;
 };
 
 template <class C> struct PackOptions {
@@ -159,6 +161,10 @@ template <class C> PYFLOWGEN_INLINE auto is_inside(const PackOptions<C>& o, cons
 
 template <class C> struct PackResult { Pack<C> y, l; };
 
+// Where a spline is computed in steps, each is taken for so many groups before the next: a step's operations wait for
+// each other, and those of several groups do so together.
+constexpr int groups_together = 2;
+
 // Where the gradients of the parameters go, as packs; `ends` are those of the outer knots.
 template <class C> struct PackGradients {
   C *widths, *heights, *inner;
@@ -219,9 +225,7 @@ template <class T, class Arguments> struct Loader {
     }
     const C* const d = from + 2 * bins * stride;
     PackParameters<C> u{from, from + bins * stride, d, stride, edges, edges};
-    if (a.o.tails == SplineTails::linear) {
-      store(edges, broadcast(C(a.o.edge)));
-    } else {
+    if (a.o.tails != SplineTails::linear) {
       u.inner = d + stride;
       u.first = d, u.last = a.o.tails == SplineTails::circular ? d : d + bins * stride;
       if (a.o.tails == SplineTails::mixed) {
@@ -233,19 +237,34 @@ template <class T, class Arguments> struct Loader {
     return u;
   }
 
-  PYFLOWGEN_INLINE PackInputs<C> inputs(const Group<n>& g, const Strides& x_strides, C* buffer, C* edges) const {
-    PackInputs<C> in{load_group(a.x + a.o.start * a.x_strides.channel, x_strides, g),
-                     broadcast(C(a.o.left)),
-                     broadcast(C(a.o.right)),
-                     broadcast(C(a.o.bottom)),
-                     broadcast(C(a.o.top)),
-                     load_parameters(g, buffer, edges)};
-    if (a.bound) {
-      const Pack<C> bound = load_group(a.bound, a.bound_strides, g);
-      in.left *= bound, in.right *= bound, in.bottom *= bound, in.top *= bound;
-    }
+  // What the groups have in common.
+  PYFLOWGEN_INLINE PackInputs<C> start(C* edges) const {
+    store(edges, broadcast(C(a.o.edge)));
+    PackInputs<C> in{};
+    in.left = broadcast(C(a.o.left)), in.right = broadcast(C(a.o.right));
+    in.bottom = broadcast(C(a.o.bottom)), in.top = broadcast(C(a.o.top));
     return in;
   }
+  // And the rest. by_rows: the spline takes rows as they are.
+  PYFLOWGEN_INLINE void take(const Group<n>& g, const Strides& x_strides, bool by_rows, C* buffer, C* edges,
+                             PackInputs<C>& in) const {
+    in.x = load_group(a.x + a.o.start * a.x_strides.channel, x_strides, g);
+    in.rows = nullptr;
+    if constexpr (std::is_same_v<T, C>) {
+      if (by_rows && g.regular && g.n == n && g.step(a.widths.strides) != 1) {
+        prefetch_rows(a.widths.p, a.widths.strides, g, 2 * a.o.bins + a.o.derivatives);
+        in.rows = a.widths.p + g.first(a.widths.strides), in.row_step = g.step(a.widths.strides);
+      }
+    }
+    if (!in.rows) in.u = load_parameters(g, buffer, edges);
+    if (a.bound) {
+      const Pack<C> bound = load_group(a.bound, a.bound_strides, g);
+      in.left = bound * C(a.o.left), in.right = bound * C(a.o.right);
+      in.bottom = bound * C(a.o.bottom), in.top = bound * C(a.o.top);
+    }
+  }
+  // Whether rows may be taken as they are: all of an element's parameters side by side.
+  bool by_rows() const { return one && a.widths.parameter == 1 && !a.mask && a.o.tails == SplineTails::linear; }
 };
 
 // Strides of the transformed channels in a tensor that has them all.
@@ -262,22 +281,42 @@ template <class Kind, class T, class A> void forward_elements(const RationalQuad
   const Strides x_strides = part(a.x_strides, o.step), y_strides = part(a.y_strides, o.step);
   const C outside = o.tails == SplineTails::none ? formula::not_a_number<C> : C(0);
   alignas(64) C buffer[max_parameters * n], edges[n];
-  each_group<n>(o.count, o.inner, first, last, [&](const Group<n>& g, int64_t e) {
-    const PackInputs<C> in = loader.inputs(g, x_strides, buffer, edges);
-    PackResult<C> r;
-    Kind::forward(options, in, r);
-    const auto inside = is_inside(options, in);
-    Pack<C> y = inside ? r.y : o.tails == SplineTails::none ? broadcast(outside) : in.x;
-    Pack<C> l = inside ? r.l : broadcast(outside);
+  const auto give = [&](const Group<n>& g, int64_t e, Pack<C> x, auto inside, Pack<C> y, Pack<C> l) {
+    y = inside ? y : o.tails == SplineTails::none ? broadcast(outside) : x;
+    l = inside ? l : broadcast(outside);
     if (a.mask) {
       const auto selected = load_mask<C>(a.mask, a.mask_strides, g);
-      y = selected ? y : in.x, l = selected ? l : Pack<C>{};
+      y = selected ? y : x, l = selected ? l : Pack<C>{};
     }
     store_group(a.y + o.start * a.y_strides.channel, y_strides, g, y);
     if (g.n == n) store(logdet + (e - first), l);
     else
       for (int i = 0; i < g.n; ++i) logdet[e - first + i] = l[i];
-  });
+  };
+  PackInputs<C> in = loader.start(edges);
+  if constexpr (Kind::in_steps) {
+    const bool by_rows = loader.by_rows() && Kind::takes_rows(options);
+    alignas(64) typename Kind::template Place<C> places[groups_together] = {};
+    Groups<n> groups(o.count, o.inner, first, last);
+    while (groups.more()) {
+      Groups<n> again = groups;
+      int used = 0;
+      for (; used < groups_together && groups.more(); ++used, groups.advance())
+        loader.take(groups.group, x_strides, by_rows, buffer, edges, in), Kind::locate(options, in, places[used]);
+      Kind::finish(options, places, used);
+      for (int i = 0; i < used; ++i, again.advance()) {
+        const auto& p = places[i];
+        give(again.group, again.element, p.x, p.value == p.x, p.result.y, p.result.l);
+      }
+    }
+  } else {
+    each_group<n>(o.count, o.inner, first, last, [&](const Group<n>& g, int64_t e) {
+      loader.take(g, x_strides, false, buffer, edges, in);
+      PackResult<C> r;
+      Kind::forward(options, in, r);
+      give(g, e, in.x, is_inside(options, in), r.y, r.l);
+    });
+  }
 }
 
 // Sum in an order that depends on nothing but the number of elements.
@@ -356,8 +395,9 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
   const bool large =
       one_out && a.dwidths.parameter == 1 && o.batch * o.count * o.inner * columns * int64_t(sizeof(T)) >= past_cache;
   alignas(64) T together[max_parameters * n];  // gradients as they go past the cache
+  PackInputs<C> in = loader.start(edges);
   each_group<n>(o.count, o.inner, first, last, [&](const Group<n>& g, int64_t) {
-    const PackInputs<C> in = loader.inputs(g, x_strides, buffer, edges);
+    loader.take(g, x_strides, false, buffer, edges, in);
     const Pack<C> dy = load_group(a.dy + o.start * a.dy_strides.channel, dy_strides, g);
     Pack<C> used_dy = dy, dlogdet = load_group(a.dlogdet, dlogdet_strides, g);
     auto inside = is_inside(options, in);
