@@ -26,6 +26,8 @@ int64_t mlp_coupling_groups(int64_t rows) {
 // (out, in), biases[i] (out) or empty; masks has one (channels) for each step, empty where there is none; indices,
 // log_scales and shifts, each (channels), only those there are. -> (y, logdet, saved), `saved` empty unless `keep`.
 // The gradients come in the order of the arguments x, context, weights, biases, log_scales, shifts.
+// mlp_coupling_rebuild has what mlp_coupling_backward has without `saved` and from y: it goes back by the inverses, to
+// an x of its own, the first result, or only to the second step where x is given.
 STABLE_TORCH_LIBRARY_FRAGMENT(pyflowgen, m) {
   m.def(
       "mlp_coupling(Tensor x, Tensor? context, Tensor[] weights, Tensor[] biases, Tensor[] masks, Tensor[] indices, "
@@ -34,4 +36,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(pyflowgen, m) {
       "mlp_coupling_backward(Tensor? dy, Tensor? dlogdet, Tensor x, Tensor? context, Tensor[] weights, "
       "Tensor[] biases, Tensor[] masks, Tensor[] indices, Tensor[] log_scales, Tensor[] shifts, Tensor saved, "
       "int[] options, float[] numbers, bool need_input, bool need_parameters) -> (Tensor, Tensor, Tensor[])");
+  m.def(
+      "mlp_coupling_rebuild(Tensor? dy, Tensor? dlogdet, Tensor y, Tensor? x, Tensor? context, Tensor[] weights, "
+      "Tensor[] biases, Tensor[] masks, Tensor[] indices, Tensor[] log_scales, Tensor[] shifts, int[] options, "
+      "float[] numbers, bool need_input, bool need_parameters) -> (Tensor, Tensor, Tensor, Tensor[])");
 }

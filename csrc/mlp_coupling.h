@@ -56,7 +56,7 @@ template <class T> struct MlpCoupling {
   // For the backward pass or null, a product after the other [rows][out]: the hidden layers, phi's argument or result;
   // then the parameters. With residual blocks h, W1's as a hidden layer, and h again behind W2; when gated, what is
   // multiplied behind W2, then the factor and h.
-  T* saved;
+  T* saved;  // null in a backward pass: evaluated there, once more
 
   int64_t parameters() const { return out[layers - 1]; }
   // Place of a block's first product.
@@ -68,8 +68,13 @@ template <class T> struct MlpCoupling {
 
 template <class T> struct MlpCouplingBackward {
   MlpCoupling<T> forward;  // y, logdet null
-  const T* dy;             // may be dx
-  Strides dy_strides;      // (rows, channels, 0), strides 0 at a zero when there is none
+  // Where x is not kept either: y[rows][channels], from which x is rebuilt by the inverse into `rebuilt`, which is
+  // forward.x, dense, and may be y; the conditioner's channels are disjoint from those that are transformed. Or null.
+  const T* y;
+  int64_t y_stride;
+  T* rebuilt;
+  const T* dy;         // may be dx
+  Strides dy_strides;  // (rows, channels, 0), strides 0 at a zero when there is none
   const T* dlogdet;
   int64_t dlogdet_stride;  // (rows); likewise
   bool need_input, need_parameters;

@@ -42,7 +42,7 @@ def sum_event(x: Tensor, event_dim: int) -> Tensor:
 
 
 #: How many layers `Chain(memory="recompute")` goes back by inverses before it meets a stored input again.
-CHECKPOINT_EVERY = 16
+CHECKPOINT_EVERY = 64
 
 
 class Bijection(nn.Module):

@@ -30,6 +30,18 @@ _CHANGING = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 several: Callable[[Sequence[Step], Tensor, Tensor | None], tuple[int, Tensor, Tensor] | None] | None = None
 
 
+# `(x, dx, dcontext, gradients with their parameters)` of such a run from its y; from its x, too, where that is known.
+Back = tuple[
+    list["Tensor | None"],
+    Callable[
+        [Tensor, "Tensor | None", "Tensor | None", Tensor, Tensor, bool],
+        tuple[Tensor, Tensor, "Tensor | None", list[tuple[Tensor, Tensor]]],
+    ],
+]
+# As `several`, of what needs no gradient but through the last: all tensors that may, and the run's backward pass.
+rebuild: Callable[[Sequence[Step], Tensor, Tensor | None], tuple[int, Tensor, Tensor, Back] | None] | None = None
+
+
 def apply(step: Step, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
     """`(y, logdet)` of one step."""
     layer, inverse = step
@@ -103,6 +115,21 @@ def _parameters(layer: Bijection) -> list[_Slot] | None:
     return slots
 
 
+def _run(
+    slots: Sequence[list[_Slot]], steps: Sequence[Step], i: int, end: int, x: Tensor, context: Tensor | None
+) -> tuple[int, Tensor, Tensor, Any]:
+    """Steps i to at most `end`: how many go into one operator, its `(y, logdet)`, and its backward pass."""
+    found = rebuild(steps[i:end], x, context) if rebuild is not None else None
+    if found is not None:
+        count, y, logdet, (parameters, back) = found
+        # No tensor of a gradient that is lost, and none behind another, such as the weight of a parametrisation.
+        if {p for p in parameters if p is not None and p.requires_grad} == {
+            p for own in slots[i : i + count] for _, _, p in own
+        }:
+            return count, y, logdet, back
+    return 1, *apply(steps[i], x, context), None
+
+
 class _Recompute(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Any, x: Tensor, context: Tensor | None, *parameters: nn.Parameter) -> Any:
@@ -113,13 +140,22 @@ class _Recompute(torch.autograd.Function):
         ctx.autocast = device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
         ctx.on_reference = _native.reference_only()
         start, kept, total = x, {}, None
-        for i, step in enumerate(steps):
+        ctx.runs = []  # (first step, how many, their backward pass in one operator or None)
+
+        def keeps(i: int) -> bool:
             # 16-bit values hold too few digits to go back and forth
-            if i and ((every and i % every == 0) or x.element_size() < 4 or not step[0].exact_inverse):
+            return bool(every and i % every == 0) or x.element_size() < 4 or not steps[i][0].exact_inverse
+
+        i = 0
+        while i < len(steps):
+            if i and keeps(i):
                 kept[i] = x
-            x, logdet = apply(step, x, context)
-            if not step[0].volume_preserving:
+            end = next((k for k in range(i + 1, len(steps)) if keeps(k)), len(steps))
+            count, x, logdet, back = _run(slots, steps, i, end, x, context)
+            if not all(layer.volume_preserving for layer, _ in steps[i : i + count]):
                 total = logdet if total is None else total + logdet
+            ctx.runs.append((i, count, back))
+            i += count
         ctx.kept = tuple(kept)
         # after the steps: ActNorm sets its parameters in the first forward pass
         ctx.versions = [p._version for p in parameters]
@@ -158,11 +194,19 @@ class _Recompute(torch.autograd.Function):
         leaf = context.detach().requires_grad_() if needs_context else context
         dcontext: Tensor | None = None
         grads: list[Tensor | None] = [None] * len(ctx.place)
-        for i in range(len(ctx.steps) - 1, -1, -1):
-            step, own = ctx.steps[i], [p for _, _, p in ctx.slots[i]]
+        for i, count, back in reversed(ctx.runs):
+            step, own = ctx.steps[i], [p for slots in ctx.slots[i : i + count] for _, _, p in slots]
             wants = [i > 0 or needs_x, needs_context]
             if i == 0 and not (any(wants) or own):
                 break
+            if back is not None:
+                known = start if i == 0 else kept.get(i)
+                before, dx, dc, found_here = back(y, known, context, dy, dtotal.sum_to_size(y.shape[:-1]), any(wants))
+                y, dy = before if known is None else known, dx
+                dcontext = _plus(dcontext, dc) if needs_context else None
+                for p, g in found_here:
+                    grads[ctx.place[p]] = _plus(grads[ctx.place[p]], g)
+                continue
             with _as_before(ctx), torch.enable_grad():
                 if i == 0 or i in kept:
                     x = (kept[i] if i else start).detach().requires_grad_(wants[0])

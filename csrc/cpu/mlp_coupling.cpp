@@ -307,15 +307,19 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> conte
   return {y, logdet, saved};
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
-    std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor x, std::optional<Tensor> context,
-    std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> masks, std::vector<Tensor> indices,
-    std::vector<Tensor> log_scales, std::vector<Tensor> shifts, Tensor saved, std::vector<int64_t> options,
-    std::vector<double> numbers, bool need_input, bool need_parameters) {
-  const Call call({x, context, std::move(weights), std::move(biases), std::move(masks), std::move(indices),
-                   std::move(log_scales), std::move(shifts), std::move(options), std::move(numbers)});
-  STD_TORCH_CHECK(saved.numel() == call.saved && saved.scalar_type() == x.scalar_type() && saved.is_contiguous(),
-                  "mlp_coupling_backward: saved is not what the forward pass kept for these arguments");
+using Gradients = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+// Where backward has no more than y, the call's x: x goes to `rebuilt`, or is given.
+struct Rebuild {
+  Tensor rebuilt;
+  std::optional<Rows> x;
+};
+
+Gradients gradients_of(const Call& call, std::optional<Tensor> dy, std::optional<Tensor> dlogdet,
+                       const std::optional<Tensor>& saved, const std::optional<Rebuild>& back, bool need_input,
+                       bool need_parameters) {
+  const Tensor& x = call.a.x;
+  const auto& context = call.a.context;
   STD_TORCH_CHECK(!dy || (dy->numel() == x.numel() && dy->dim() == x.dim() && dy->scalar_type() == x.scalar_type()),
                   "mlp_coupling_backward: dy has shape ", dy ? shape_of(*dy) : "", ", expected x's ", shape_of(x));
   STD_TORCH_CHECK(!dlogdet || (dlogdet->numel() == call.x.count && dlogdet->scalar_type() == x.scalar_type()),
@@ -334,7 +338,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
   const auto run = [&]<class T>() {
     const T zero{};
     const auto prepared = call.prepared<T>();
-    const auto forwards = call.contracts<T>(prepared, out<T>(saved));
+    const auto forwards = call.contracts<T>(prepared, saved ? out<T>(*saved) : nullptr);
     const int64_t groups = mlp_coupling_groups(call.x.count), parts = std::min(call.threads(), groups);
     std::optional<Rows> rows;
     if (dy) rows = rows_of(*dy, call.channels);
@@ -346,6 +350,13 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
       MlpCouplingBackward<T>& b = steps[i];
       const Step& s = call.steps[i];
       b.forward = forwards[i];
+      if (back && !i && back->x) {
+        b.forward.x = data<T>(back->x->x), b.forward.x_stride = back->x->stride;
+      } else if (back) {
+        const bool last = i + 1 == steps.size();
+        b.y = last ? data<T>(call.x.x) : out<T>(back->rebuilt), b.y_stride = last ? call.x.stride : call.channels;
+        b.forward.x = b.rebuilt = out<T>(back->rebuilt), b.forward.x_stride = call.channels;
+      }
       if (i + 1 < steps.size()) b.dy = out<T>(dx), b.dy_strides = {call.channels, 1, 0};
       else if (rows) b.dy = data<T>(rows->x), b.dy_strides = {rows->stride, 1, 0};
       else b.dy = &zero;
@@ -366,22 +377,30 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
       b.dscale = s.scaled ? out<T>(dlog_scales[s.log_scale]) : nullptr;
       b.dshift = s.shifted ? out<T>(dshifts[s.shift]) : nullptr;
       scratch = std::max(scratch, PYFLOWGEN_CALL(mlp_coupling_backward_workspace<T>, b.forward));
-      if (need_parameters) sums += groups * PYFLOWGEN_CALL(mlp_coupling_sums<T>, b.forward);
+      const int64_t own = need_parameters ? groups * PYFLOWGEN_CALL(mlp_coupling_sums<T>, b.forward) : 0;
+      sums = back ? std::max(sums, own) : sums + own;
     }
-    T* space_of_sums = need_parameters ? workspace<T>(sums, 1) : nullptr;
+    T* const space_of_sums = need_parameters ? workspace<T>(sums, 1) : nullptr;
+    T* next = space_of_sums;
     for (MlpCouplingBackward<T>& b : steps) {
-      b.sums = space_of_sums;
-      if (need_parameters) space_of_sums += groups * PYFLOWGEN_CALL(mlp_coupling_sums<T>, b.forward);
+      b.sums = next;
+      if (need_parameters && !back) next += groups * PYFLOWGEN_CALL(mlp_coupling_sums<T>, b.forward);
     }
-    in_threads(parts, [&](int64_t part) {
-      T* const space = workspace<T>(scratch, 0);
-      for (size_t i = steps.size(); i-- > 0;)
-        PYFLOWGEN_CALL(mlp_coupling_backward<T>, steps[i], groups * part / parts, groups * (part + 1) / parts, space);
-    });
-    if (need_parameters)
+    // Steps begin <= i < end, from the last to the first, then the sums over groups. All at once, or, where memory is
+    // not to grow with depth, one by one in the same space.
+    const auto go_back = [&](size_t begin, size_t end) {
       in_threads(parts, [&](int64_t part) {
-        for (const auto& b : steps) PYFLOWGEN_CALL(mlp_coupling_reduce<T>, b, part, parts);
+        T* const space = workspace<T>(scratch, 0);
+        for (size_t i = end; i-- > begin;)
+          PYFLOWGEN_CALL(mlp_coupling_backward<T>, steps[i], groups * part / parts, groups * (part + 1) / parts, space);
       });
+      if (need_parameters)
+        in_threads(parts, [&](int64_t part) {
+          for (size_t i = begin; i < end; ++i) PYFLOWGEN_CALL(mlp_coupling_reduce<T>, steps[i], part, parts);
+        });
+    };
+    const size_t together = back ? 1 : steps.size();
+    for (size_t end = steps.size(); end > 0; end -= together) go_back(end - together, end);
     if (dcontext.numel() && !conditioned) torch::stable::zero_(const_cast<Tensor&>(dcontext));
   };
   if (call.x.count) {
@@ -392,10 +411,39 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> backward(
   return {dx, dcontext, gradients};
 }
 
+Gradients backward(std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor x, std::optional<Tensor> context,
+                   std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> masks,
+                   std::vector<Tensor> indices, std::vector<Tensor> log_scales, std::vector<Tensor> shifts,
+                   Tensor saved, std::vector<int64_t> options, std::vector<double> numbers, bool need_input,
+                   bool need_parameters) {
+  const Call call({x, std::move(context), std::move(weights), std::move(biases), std::move(masks), std::move(indices),
+                   std::move(log_scales), std::move(shifts), std::move(options), std::move(numbers)});
+  STD_TORCH_CHECK(saved.numel() == call.saved && saved.scalar_type() == x.scalar_type() && saved.is_contiguous(),
+                  "mlp_coupling_backward: saved is not what the forward pass kept for these arguments");
+  return gradients_of(call, std::move(dy), std::move(dlogdet), saved, {}, need_input, need_parameters);
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> rebuild(
+    std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor y, std::optional<Tensor> x,
+    std::optional<Tensor> context, std::vector<Tensor> weights, std::vector<Tensor> biases, std::vector<Tensor> masks,
+    std::vector<Tensor> indices, std::vector<Tensor> log_scales, std::vector<Tensor> shifts,
+    std::vector<int64_t> options, std::vector<double> numbers, bool need_input, bool need_parameters) {
+  const Call call({y, std::move(context), std::move(weights), std::move(biases), std::move(masks), std::move(indices),
+                   std::move(log_scales), std::move(shifts), std::move(options), std::move(numbers)});
+  STD_TORCH_CHECK(!x || (x->numel() == y.numel() && x->dim() == y.dim() && x->scalar_type() == y.scalar_type()),
+                  "mlp_coupling_rebuild: x has shape ", x ? shape_of(*x) : "", ", expected y's ", shape_of(y));
+  Rebuild back{empty(y.sizes().data(), y.dim(), y), {}};
+  if (x) back.x = rows_of(*x, call.channels);
+  auto [dx, dcontext, gradients] =
+      gradients_of(call, std::move(dy), std::move(dlogdet), {}, back, need_input, need_parameters);
+  return {back.rebuilt, dx, dcontext, gradients};
+}
+
 }  // namespace
 }  // namespace pyflowgen
 
 STABLE_TORCH_LIBRARY_IMPL(pyflowgen, CPU, m) {
   m.impl("mlp_coupling", TORCH_BOX(&pyflowgen::forward));
   m.impl("mlp_coupling_backward", TORCH_BOX(&pyflowgen::backward));
+  m.impl("mlp_coupling_rebuild", TORCH_BOX(&pyflowgen::rebuild));
 }

@@ -20,8 +20,16 @@ template <class T> int64_t widest(const MlpCoupling<T>& o) {
   for (int64_t i = 0; i < o.layers; ++i) size = std::max({size, o.in[i], o.out[i]});
   return size;
 }
+// Columns of all that is saved.
+template <class T> int64_t saved_columns(const MlpCoupling<T>& o) {
+  int64_t columns = 0;
+  for (int64_t i = 0; i < o.layers; ++i) columns += o.saved_columns(i);
+  return columns;
+}
 template <class T> int64_t backward_rows(const MlpCoupling<T>& o) {
   int64_t rows = group_rows;
+  if (!o.saved)
+    while (rows > 64 && rows * saved_columns(o) * int64_t(sizeof(T)) > 192 << 10) rows /= 2;
   while (rows > 64 && rows * widest(o) * int64_t(sizeof(T)) > 192 << 10) rows /= 2;
   return rows;
 }
@@ -373,6 +381,23 @@ template <class T> void prepare_backward(const MlpCouplingBackward<T>& b, int64_
   }
 }
 
+// What goes into permutation, scale and shift, from what comes out, v[rows][channels], in its place; `row` is scratch
+// of one.
+template <class T> void prepare_inverse(const MlpCoupling<T>& o, int64_t rows, T* v, T* row) {
+  for (int64_t r = 0; r < rows; ++r, v += o.channels) {
+    for (int64_t k = 0; o.scale && k < o.channels; k += lanes<T>) {
+      const int count = int(std::min<int64_t>(lanes<T>, o.channels - k));
+      const Pack<T> u = load_first<T>(v + k, count), shift = o.shift ? load_first<T>(o.shift + k, count) : Pack<T>{};
+      Pack<T> scale = Pack<T>{} + T(1);
+      std::memcpy(&scale, o.scale + k, size_t(count) * sizeof(T));
+      store_first<T>(v + k, o.shift_first ? u / scale - shift : (u - shift) / scale, count);
+    }
+    if (!o.index) continue;
+    std::copy_n(v, o.channels, row);
+    for (int64_t k = 0; k < o.channels; ++k) v[o.index[k]] = row[k];
+  }
+}
+
 // Where a product's saved columns begin for the rows from `first` on.
 template <class T> T* saved_of(const MlpCoupling<T>& o, int64_t layer, int64_t first) {
   if (!o.saved) return nullptr;
@@ -601,13 +626,53 @@ template <class T> int64_t mlp_coupling_sums(const MlpCoupling<T>& o) {
 
 template <class T> int64_t mlp_coupling_backward_workspace(const MlpCoupling<T>& o) {
   return panels_size(o, true) + group_rows * tile_columns<T> +
-         backward_rows(o) * (spaces(o) * widest(o) + (o.gated ? 2 * o.context_size : 0) + 2 * o.channels);
+         backward_rows(o) * (spaces(o) * widest(o) + (o.gated ? 2 * o.context_size : 0) + 2 * o.channels) +
+         (o.saved ? 0 : panels_size(o, false) + backward_rows(o) * (saved_columns(o) + 1));
 }
 
+namespace {
+
+// `rows` rows from `first` on as if there were no others, with nothing saved but in `saved`.
 template <class T>
-void mlp_coupling_backward(const MlpCouplingBackward<T>& b, int64_t begin, int64_t end, T* workspace) {
-  const MlpCoupling<T>& o = b.forward;
-  const T* packed[mlp_max_layers];
+MlpCouplingBackward<T> rows_alone(const MlpCouplingBackward<T>& b, int64_t first, int64_t rows, T* saved) {
+  MlpCouplingBackward<T> own = b;
+  MlpCoupling<T>& o = own.forward;
+  o.rows = rows, o.saved = saved;
+  o.x += first * o.x_stride;
+  if (o.context) o.context += first * o.context_stride;
+  own.dy += first * b.dy_strides.batch, own.dlogdet += first * b.dlogdet_stride, own.dx += first * o.channels;
+  if (b.dcontext) own.dcontext += first * o.context_size;
+  if (b.y) own.y += first * b.y_stride, own.rebuilt += first * o.channels;
+  return own;
+}
+
+// What the forward pass saves of these rows, and x where it has to be rebuilt: the inverse leaves the conditioner's
+// input as it is, so that evaluating it once gives both the parameters to go back with and what backward needs of it.
+template <class T>
+void rebuild(const MlpCouplingBackward<T>& b, const T* const* packed, T* const* space, T* prepared, T* logdets) {
+  MlpCoupling<T> o = b.forward;
+  const Block<T> block = b.y ? Block<T>{0, o.rows, b.y, b.y_stride} : prepare(o, 0, o.rows, prepared);
+  const T* parameters = nullptr;
+  if (o.layers) {
+    gather(o, block, space[0]);
+    parameters = o.blocks ? residual_network(o, block, packed, space) : perceptron(o, block, packed, space);
+  }
+  if (!b.y) return;
+  if (o.layers) {
+    o.y = b.rebuilt, o.o.inverse = !o.o.inverse, o.s.inverse = !o.s.inverse;
+    transform(o, block, parameters, logdets);
+  } else if (b.y != b.rebuilt) {
+    for (int64_t r = 0; r < o.rows; ++r) std::copy_n(b.y + r * b.y_stride, o.channels, b.rebuilt + r * o.channels);
+  }
+  if (prepares(o)) prepare_inverse(o, o.rows, b.rebuilt, prepared);
+}
+
+}  // namespace
+
+template <class T>
+void mlp_coupling_backward(const MlpCouplingBackward<T>& all, int64_t begin, int64_t end, T* workspace) {
+  const MlpCoupling<T>& o = all.forward;
+  const T *packed[mlp_max_layers], *packed_forward[mlp_max_layers];
   pack_weights(o, true, workspace, packed);
   T* const buffer = workspace + panels_size(o, true);
   T* const spaces_of = buffer + group_rows * tile_columns<T>;
@@ -616,17 +681,27 @@ void mlp_coupling_backward(const MlpCouplingBackward<T>& b, int64_t begin, int64
   for (int64_t i = 0; i < spaces(o); ++i) space[i] = spaces_of + i * most * widest(o);
   T* const prepared = spaces_of + spaces(o) * most * widest(o);
   T* const of_gates = prepared + 2 * most * o.channels;
+  T* const panels = of_gates + (o.gated ? 2 * most * o.context_size : 0);
+  T* const activations = panels + panels_size(o, false);
+  if (!o.saved) pack_weights(o, false, panels, packed_forward);
   for (int64_t group = begin; group < end; ++group) {
     const int64_t from = part_start(o.rows, groups, group), to = part_start(o.rows, groups, group + 1);
     const int64_t blocks = ceil_div(to - from, most);
     for (int64_t k = 0; k < blocks; ++k) {
-      const int64_t first = from + part_start(to - from, blocks, k);
-      const int64_t rows = from + part_start(to - from, blocks, k + 1) - first;
-      const Block<T> block = prepare(o, first, rows, prepared);
+      const int64_t start = from + part_start(to - from, blocks, k);
+      const int64_t rows = from + part_start(to - from, blocks, k + 1) - start;
+      MlpCouplingBackward<T> own;
+      if (!o.saved) {
+        own = rows_alone(all, start, rows, activations);
+        rebuild(own, packed_forward, space, prepared, activations + most * saved_columns(o));
+      }
+      const MlpCouplingBackward<T>& b = o.saved ? all : own;
+      const int64_t first = o.saved ? start : 0;
+      const Block<T> block = prepare(b.forward, first, rows, prepared);
       T* const dx = prepares(o) ? prepared + most * o.channels : b.dx + first * o.channels;
-      Sums<T> sums{o, b.need_parameters, k > 0, b.sums + group * mlp_coupling_sums(o), buffer};
+      Sums<T> sums{b.forward, b.need_parameters, k > 0, b.sums + group * mlp_coupling_sums(o), buffer};
       if (o.layers) {
-        transform_backward<T>(b, block, saved_of(o, o.layers - 1, first), dx, space[1]);
+        transform_backward<T>(b, block, saved_of(b.forward, o.layers - 1, first), dx, space[1]);
         if (o.blocks) residual_network_backward(b, block, packed, space, of_gates, dx, sums);
         else perceptron_backward(b, block, packed, space, dx, sums);
       } else {

@@ -263,10 +263,7 @@ def run(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tenso
     """The operator, with its gradient where one is asked for; arguments known to fit."""
     if context is not None and context.shape[:-1] != x.shape[:-1]:
         context = context.expand(*x.shape[:-1], -1)
-    parameters = [
-        *(w for s in steps for w in s.weights), *(b for s in steps for b in s.biases),
-        *(s.log_scale for s in steps if s.log_scale is not None), *(s.shift for s in steps if s.shift is not None),
-    ]  # fmt: skip
+    parameters = _parameters_of(steps)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (context is not None and context.requires_grad)
@@ -276,6 +273,13 @@ def run(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tenso
         return y, logdet
     y, logdet, _ = torch.ops.pyflowgen.mlp_coupling.default(*_operands(x, context, steps, parameters), False)
     return y, logdet
+
+
+def _parameters_of(steps: Sequence[Step]) -> list[Tensor | None]:
+    return [
+        *(w for s in steps for w in s.weights), *(b for s in steps for b in s.biases),
+        *(s.log_scale for s in steps if s.log_scale is not None), *(s.shift for s in steps if s.shift is not None),
+    ]  # fmt: skip
 
 
 def _operands(x: Tensor, context: Tensor | None, steps: Sequence[Step], parameters: Sequence[Tensor | None]) -> Any:
@@ -618,10 +622,8 @@ def _one(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> 
     return None if found is None else run(x, context, found)
 
 
-def _many(
-    layers: Sequence[tuple[Bijection, bool]], x: Tensor, context: Tensor | None
-) -> tuple[int, Tensor, Tensor] | None:
-    """(how many, y, logdet) of the longest run of layers from the first on that go into one operator, or None."""
+def _steps(layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None) -> tuple[int, list[Step]] | None:
+    """How many layers from the first on go into one operator, and their steps; or None."""
     if product._PLAIN or not runs(x, "relu") or x.dim() == 0 or torch.compiler.is_compiling():
         return None
     steps: list[Step] = []
@@ -642,10 +644,38 @@ def _many(
         for step in new:
             _append(steps, step)
         taken += 1
-    if not couplings:
+    return (taken, steps) if couplings else None
+
+
+def _many(layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None) -> tuple[int, Tensor, Tensor] | None:
+    """(how many, y, logdet) of the longest run of layers from the first on that go into one operator, or None."""
+    found = _steps(layers, x, context)
+    return None if found is None else (found[0], *run(x, context, found[1]))
+
+
+def _back(
+    layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None
+) -> tuple[int, Tensor, Tensor, recompute.Back] | None:
+    """Likewise with nothing kept, and their backward pass from y: see `recompute.rebuild`."""
+    found = _steps(layers, x, context) if _native.has_kernel_for("mlp_coupling_rebuild", x) else None
+    if found is None:
         return None
-    y, logdet = run(x, context, steps)
-    return taken, y, logdet
+    count, steps = found
+    parameters = _parameters_of(steps)
+
+    def back(
+        y: Tensor, x: Tensor | None, context: Tensor | None, dy: Tensor, dlogdet: Tensor, need_input: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]:
+        wide = context if context is None else context.expand(*y.shape[:-1], -1)
+        wanted = any(p is not None and p.requires_grad for p in parameters)
+        before, dx, dcontext, gradients = torch.ops.pyflowgen.mlp_coupling_rebuild.default(
+            dy, dlogdet, y, x, *_operands(y, wide, steps, parameters)[1:], need_input, wanted
+        )
+        pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p is not None and p.requires_grad]
+        found = dcontext.sum_to_size(context.shape) if context is not None and need_input else None
+        return before, dx, found, pairs
+
+    return count, *run(x, context, steps), (parameters, back)
 
 
 def _append(steps: list[Step], step: Step) -> None:
@@ -667,6 +697,7 @@ def _append(steps: list[Step], step: Step) -> None:
 
 coupling.whole_layer = _one
 recompute.several = _many
+recompute.rebuild = _back
 
 
 # -------------------------------------------------------------------------------------------------------- fake
@@ -690,5 +721,16 @@ def _fake_backward(  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), dcontext, gradients
 
 
+def _fake_rebuild(  # type: ignore[no-untyped-def]
+    dy, dlogdet, y, x, context, weights, biases, masks, indices, log_scales, shifts, options, numbers, need_input,
+    need_parameters,
+):  # fmt: skip
+    return y.new_empty(y.shape), *_fake_backward(  # type: ignore[no-untyped-call]
+        dy, dlogdet, y, context, weights, biases, masks, indices, log_scales, shifts, None, options, numbers,
+        need_input, need_parameters,
+    )  # fmt: skip
+
+
 _native.register("mlp_coupling", _fake)
 _native.register("mlp_coupling_backward", _fake_backward)
+_native.register("mlp_coupling_rebuild", _fake_rebuild)
