@@ -15,10 +15,11 @@ int64_t mlp_coupling_groups(int64_t rows) {
 
 }  // namespace pyflowgen
 
-// A run of steps, in the order in which they are taken. For each step `options` has 16 numbers,
+// A run of steps, in the order in which they are taken. For each step `options` has 17 numbers,
 //   layers, activation, same_start, same_step, start, step, scale, shift_first, inverse, layout   of the coupling,
 //   permuted (is there an index), scaled (0: no, 1: by e^s, -1: by its inverse), shifted          of what goes before,
 //   bins (0: the coupling is affine or additive), convention, tails                               of splines,
+//   residual blocks                                                                               of the conditioner,
 // with activation, scale, layout, convention and tails places in Activation, AffineScale, Layout, SplineConvention and
 // SplineTails; and `numbers` 11,
 //   clamp; left, right, bottom, top, min_bin_width, min_bin_height, min_derivative, edge, clip, scale of splines.

@@ -622,7 +622,7 @@ def _one(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) -> 
     return None if found is None else run(x, context, found)
 
 
-def _steps(layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None) -> tuple[int, list[Step]] | None:
+def _collect(layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None) -> tuple[int, list[Step]] | None:
     """How many layers from the first on go into one operator, and their steps; or None."""
     if product._PLAIN or not runs(x, "relu") or x.dim() == 0 or torch.compiler.is_compiling():
         return None
@@ -649,7 +649,7 @@ def _steps(layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None) 
 
 def _many(layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None) -> tuple[int, Tensor, Tensor] | None:
     """(how many, y, logdet) of the longest run of layers from the first on that go into one operator, or None."""
-    found = _steps(layers, x, context)
+    found = _collect(layers, x, context)
     return None if found is None else (found[0], *run(x, context, found[1]))
 
 
@@ -657,7 +657,7 @@ def _back(
     layers: Sequence[recompute.Step], x: Tensor, context: Tensor | None
 ) -> tuple[int, Tensor, Tensor, recompute.Back] | None:
     """Likewise with nothing kept, and their backward pass from y: see `recompute.rebuild`."""
-    found = _steps(layers, x, context) if _native.has_kernel_for("mlp_coupling_rebuild", x) else None
+    found = _collect(layers, x, context) if _native.has_kernel_for("mlp_coupling_rebuild", x) else None
     if found is None:
         return None
     count, steps = found
