@@ -278,8 +278,8 @@ def test_an_hour_takes_no_more_memory_than_half_of_it(leak, monkeypatch):
     session = detect(model, Reader(io.BufferedReader(Endless()), 3), show, pytest.fail)
     assert session.frames == frames and session.bad == 0
     objects, resident = (min(b - a for a, b in itertools.pairwise(column)) for column in zip(*sizes, strict=True))
-    if leak:  # one state a frame
-        assert objects > 3000 and resident > 2**20, sizes
+    if leak:  # one state a frame; their memory may come from what the process had before
+        assert objects > 3000, sizes
     else:
         assert objects < 300 and resident < 2**18, sizes
 
