@@ -14,6 +14,7 @@ README = harness.HERE.parent / "README.md"
 BLOCK = re.compile(r"(?<=<!-- rows -->\n).*?(?=<!-- end of rows -->)", re.S)
 # What the first screen shows of each op; all rows are in results.csv and in the report.
 SHOWN = {
+    "accelerate": ("1024x64 nflows RealNVP", "1024x64 nflows NSF", "1024x64 zuko NSF by coupling"),
     "affine_coupling": (
         "8192x64 exp halves", "8192x64 tanh halves", "8192x64 exp interleaved", "32x48x32x32 exp halves",
         "64x2 exp halves",
