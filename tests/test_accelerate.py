@@ -317,8 +317,8 @@ def test_recurrent_cells(kind: type) -> None:
 
 # --------------------------------------------------------------------------------------------------- what runs
 @kernel
-@pytest.mark.parametrize("masks, most", [("alternating", 1), ("uneven", 1)])
-def test_a_run_of_couplings_is_one_operator(masks: str, most: int) -> None:
+@pytest.mark.parametrize("masks", ["alternating", "uneven"])
+def test_a_run_of_couplings_is_one_operator(masks: str) -> None:
     layers: list[Any] = []
     for i in range(4):
         mask = torch.tensor([1, -1, 1, -1, 1] if masks == "alternating" else [1, -1, -1, 1, -1]) * (-1) ** i
@@ -330,7 +330,7 @@ def test_a_run_of_couplings_is_one_operator(masks: str, most: int) -> None:
     for direction in (fast.forward, fast.inverse):
         with Count("mlp_coupling") as operators:
             direction(torch.randn(3, FEATURES))
-        assert operators.found == most
+        assert operators.found == 1
 
 
 @kernel
@@ -413,6 +413,28 @@ def test_parameters_may_change_afterwards() -> None:
     check(plain, fast, lambda m: m.log_prob(X))
 
 
+@pytest.mark.parametrize("make", [lambda: by_nflows("affine", None, "uneven"), lambda: by_zuko("random masks")])
+def test_masks_may_come_from_a_file(make: Callable[[], Any]) -> None:
+    def density(m: Any) -> Tensor:
+        return (m() if isinstance(m, zuko.lazy.Flow) else m).log_prob(X)
+
+    torch.manual_seed(0)
+    fast, other = pyflowgen.accelerate(make().eval()), make().eval()
+    density(fast)
+    buffers = {k: v for k, v in other.state_dict().items() if k.endswith(("_features", "mask"))}
+    for name, flipped in buffers.items():  # the same numbers of channels, elsewhere
+        flipped.copy_(FEATURES - 1 - flipped if name.endswith("_features") else flipped.flip(0))
+    fast.load_state_dict(other.state_dict())
+    torch.testing.assert_close(density(fast), density(other))
+
+
+def test_the_dtype_may_change_afterwards() -> None:
+    plain, fast = pair(by_nflows("affine").eval())
+    for dtype in (torch.float64, torch.float32, torch.float64):
+        a, b = (m.to(dtype).log_prob(X.to(dtype)) for m in (plain, fast))
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
+
+
 def test_data_dependent_initialisation_happens() -> None:
     model = by_nflows("affine")
     fast = pyflowgen.accelerate(model)
@@ -483,7 +505,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
         torch.testing.assert_close(v, u, rtol=tolerance, atol=tolerance)
 
 
-def test_double_backward_compile_and_reference() -> None:
+def test_double_backward_and_reference() -> None:
     plain, fast = pair(by_nflows("rational quadratic").eval())
     curvature = []
     for m in (plain, fast):
@@ -545,4 +567,6 @@ def test_what_is_not_a_module() -> None:
 def test_without_kernels_the_library_itself_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, fast = pair(by_nflows("affine"))
     monkeypatch.setattr(_native, "_kernels", set())
-    check(plain, fast, lambda m: m.log_prob(X), rtol=0)
+    with Count("mlp_coupling", "affine_coupling", "invertible_linear") as count:
+        assert torch.equal(fast.log_prob(X), plain.log_prob(X))
+    assert not count.found

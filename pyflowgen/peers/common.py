@@ -34,6 +34,18 @@ def matches(params: Tensor, x: Tensor) -> bool:
     return params.dtype is x.dtype or torch.is_autocast_enabled(x.device.type)
 
 
+def marks(*tensors: Tensor) -> list[tuple[Tensor, int | None]]:
+    """What tells later, to `unmarked`, whether tensors have been exchanged or written to."""
+    return [(t, None if t.is_inference() else t._version) for t in tensors]
+
+
+def unmarked(kept: Any, *tensors: Tensor) -> bool:
+    """Whether what was made of the tensors, with their marks first, has to be made anew; loading a state writes."""
+    return kept is None or any(
+        was is not t or mark != now for (was, mark), (t, now) in zip(kept[0], marks(*tensors), strict=True)
+    )
+
+
 def span(features: Sequence[int]) -> Part | None:
     """``(start, step)`` of evenly spaced channels."""
     step = features[1] - features[0] if len(features) > 1 else 1

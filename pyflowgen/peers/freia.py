@@ -135,7 +135,7 @@ class GLOW(_Coupling):
         return self._steps(x, context, inverse, nets, 2, fields)
 
     def _half(self: Any, x: Tensor, net: Any, u: Tensor, rev: bool) -> tuple[Tensor, Tensor] | None:
-        if not common.takes(x):
+        if not common.takes(x) or self._clamping() is None:  # before the network draws random numbers
             return None
         a, count = net(u), x.shape[1]
         return self._map(x, a[:, :count], a[:, count:], rev)
@@ -166,11 +166,19 @@ class RNVP(_Coupling):
         return None
 
     def _coupling1(self: Any, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        found = self._map(x1, self.subnet_s2(u2), self.subnet_t2(u2), rev) if common.takes(x1) else None
+        found = (
+            self._map(x1, self.subnet_s2(u2), self.subnet_t2(u2), rev)
+            if common.takes(x1) and self._clamping()
+            else None
+        )
         return found or super()._coupling1(x1, u2, rev)  # type: ignore[misc]
 
     def _coupling2(self: Any, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        found = self._map(x2, self.subnet_s1(u1), self.subnet_t1(u1), rev) if common.takes(x2) else None
+        found = (
+            self._map(x2, self.subnet_s1(u1), self.subnet_t1(u1), rev)
+            if common.takes(x2) and self._clamping()
+            else None
+        )
         return found or super()._coupling2(x2, u1, rev)  # type: ignore[misc]
 
 
@@ -186,13 +194,13 @@ class AllInOne(_Block):
         if weight is None or self.GIN or self.householder or self.reverse_pre_permute:
             return None
         kept = self.__dict__.get("_pyflowgen")
-        if kept is None or kept[0] is not weight or kept[1] != weight._version or kept[2] != weight.device:
+        if common.unmarked(kept, weight):
             matrix = weight.detach().reshape(self.in_channels, self.in_channels)
             index = matrix.argmax(1)
             hard = torch.equal(matrix, torch.nn.functional.one_hot(index, self.in_channels).to(matrix))
             hard = hard and torch.equal(index.sort()[0], torch.arange(len(index), device=index.device))
-            kept = self.__dict__["_pyflowgen"] = weight, weight._version, weight.device, index if hard else None
-        return kept[3]
+            kept = self.__dict__["_pyflowgen"] = common.marks(weight), index if hard else None
+        return kept[1]
 
     def _one_operator(self: Any, x: Tensor, context: Tensor | None, inverse: bool) -> Sequence[Step] | None:
         index = self._simple()

@@ -26,9 +26,9 @@ class Coupling:
         """Channels that condition, and those that are transformed; read once, as long as the buffers are the same."""
         key = self.identity_features, self.transform_features
         kept = self.__dict__.get("_pyflowgen")
-        if kept is None or kept[0] is not key[0] or kept[1] is not key[1]:
-            kept = self.__dict__["_pyflowgen"] = (*key, key[0].tolist(), key[1].tolist())
-        return kept[2], kept[3]
+        if common.unmarked(kept, *key):
+            kept = self.__dict__["_pyflowgen"] = common.marks(*key), key[0].tolist(), key[1].tolist()
+        return kept[1], kept[2]
 
     def _map(self: Any, x: Tensor, params: Tensor, inverse: bool, part: Any = None) -> tuple[Tensor, Tensor] | None:
         """The map of the transformed channels, or of `part` of all of x's; None: not one of ours."""
@@ -59,7 +59,7 @@ class Coupling:
         if not common.takes(x) or x.dim() not in (2, 4) or x.shape[1] != self.features:
             return None
         same, part = (common.span(features) for features in self._features())
-        if same is None or part is None or self.unconditional_transform is not None or self._fields(inverse) is None:
+        if same is None or part is None or self.unconditional_transform is not None or not self._gains():
             return None
         params = self.transform_net(common.channels(x, same, self.num_identity_features), context)
         if not common.matches(params, x):
@@ -74,13 +74,7 @@ class Coupling:
 
     def _gains(self: Any) -> bool:
         """Whether there is a kernel for its map."""
-        return self._map(*self._sample()[:2], False) is not None
-
-    def _sample(self: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the transformed channels and parameters for them; the last is a parameter of the layer."""
-        like = next(self.parameters(), torch.empty(0))
-        count = self.num_transform_features
-        return common.rows(count, like), common.rows(count * self._transform_dim_multiplier(), like, 1), like
+        raise NotImplementedError
 
     def _transformed(self: Any, inputs: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
         """Where the base class has split already."""
@@ -89,7 +83,8 @@ class Coupling:
         return self._map(inputs, params, inverse)
 
     def _compared(self: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        x, params, like = self._sample()
+        like, count = next(self.parameters(), torch.empty(0)), self.num_transform_features
+        x, params = common.rows(count, like), common.rows(count * self._transform_dim_multiplier(), like, 1)
         for name in ("_coupling_transform_forward", "_coupling_transform_inverse"):
             yield from common.both(self, name, x, params)
         size = getattr(self.transform_net, "context_features", None)
@@ -101,6 +96,9 @@ class Coupling:
 
 class Affine(Coupling):
     """``AffineCouplingTransform``, with its scale or one of the two that later versions name."""
+
+    def _gains(self: Any) -> bool:
+        return self._scale() is not None
 
     def _scale(self: Any) -> str | None:
         given = getattr(self, "scale_activation", None)
@@ -134,6 +132,9 @@ class Affine(Coupling):
 class Additive(Affine):
     """``AdditiveCouplingTransform``."""
 
+    def _gains(self: Any) -> bool:
+        return True
+
     def _map(self: Any, x: Tensor, params: Tensor, inverse: bool, part: Any = None) -> tuple[Tensor, Tensor] | None:
         return affine_coupling(x, params, inverse=inverse, event_dim=x.dim() - 1, part=part)
 
@@ -152,10 +153,10 @@ class Piecewise(Coupling):
         )
 
 
-def _scale(net: Any) -> float:
-    """Widths and heights are divided by the root of the network's width, where it tells it."""
-    width = getattr(net, "hidden_features", None) or getattr(net, "hidden_channels", None)
-    return 1 / math.sqrt(width) if width else 1.0
+def _scale(net: Any, *names: str) -> float:
+    """Widths and heights are divided by the root of the network's width, where an attribute called so tells it."""
+    width = next((getattr(net, name) for name in names if hasattr(net, name)), 1)
+    return 1 / math.sqrt(width)
 
 
 def _knots(module: Any) -> dict[str, Any] | None:
@@ -173,8 +174,14 @@ def _knots(module: Any) -> dict[str, Any] | None:
     }  # fmt: skip
 
 
+_WIDTHS = ("hidden_features", "hidden_channels")
+
+
 class RationalQuadratic(Piecewise):
     """``PiecewiseRationalQuadraticCouplingTransform``, normflows' ``PiecewiseRationalQuadraticCoupling``."""
+
+    def _gains(self: Any) -> bool:
+        return _knots(self) is not None
 
     def _map(self: Any, x: Tensor, params: Tensor, inverse: bool, part: Any = None) -> tuple[Tensor, Tensor] | None:
         knots = _knots(self)
@@ -183,8 +190,8 @@ class RationalQuadratic(Piecewise):
         if isinstance(knots["bound"], Tensor):
             knots["bound"] = knots["bound"].reshape(-1, *[1] * (x.dim() - 2))
         return rational_quadratic_spline(
-            x, params, inverse=inverse, layout="channels", bins=self.num_bins, scale=_scale(self.transform_net),
-            event_dim=x.dim() - 1, part=part, **knots,
+            x, params, inverse=inverse, layout="channels", bins=self.num_bins, event_dim=x.dim() - 1, part=part,
+            scale=_scale(self.transform_net, *_WIDTHS), **knots,
         )  # fmt: skip
 
     def _fields(self: Any, inverse: bool) -> dict[str, Any] | None:
@@ -192,7 +199,7 @@ class RationalQuadratic(Piecewise):
         if knots is None or isinstance(knots["bound"], Tensor):
             return None
         minima = knots["min_bin_width"], knots["min_bin_height"], knots["min_derivative"]
-        scale = _scale(self.transform_net)
+        scale = _scale(self.transform_net, *_WIDTHS)
         tails, bounds, edge, clip = spline._check_options(
             knots["bound"], knots["tails"], minima, "nflows", scale, "channels"
         )
@@ -207,11 +214,14 @@ class Polynomial(Piecewise):
 
     _degree = 1
 
+    def _gains(self: Any) -> bool:
+        return bool(self.tails == "linear")
+
     def _map(self: Any, x: Tensor, params: Tensor, inverse: bool, part: Any = None) -> tuple[Tensor, Tensor] | None:
         if self.tails != "linear":
             return None
         sizes = {} if self._degree == 1 else {
-            "scale": _scale_of_features(self.transform_net),
+            "scale": _scale(self.transform_net, "hidden_features"),
             "min_bin_width": self.min_bin_width, "min_bin_height": self.min_bin_height,
         }  # fmt: skip
         return polynomial_spline(
@@ -221,11 +231,6 @@ class Polynomial(Piecewise):
 
     def _fields(self: Any, inverse: bool) -> dict[str, Any] | None:
         return None
-
-
-def _scale_of_features(net: Any) -> float:
-    width = getattr(net, "hidden_features", None)
-    return 1 / math.sqrt(width) if width else 1.0
 
 
 class Quadratic(Polynomial):
@@ -250,7 +255,7 @@ class Autoregressive:
             return super()._elementwise(inputs, autoregressive_params, inverse)  # type: ignore[misc]
         return rational_quadratic_spline(
             inputs, autoregressive_params, inverse=inverse, layout="channels", bins=self.num_bins,
-            scale=_scale_of_features(self.autoregressive_net), **knots,
+            scale=_scale(self.autoregressive_net, "hidden_features"), **knots,
         )  # fmt: skip
 
     def _compared(self: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -291,7 +296,7 @@ class LU:
         """L and U as LAPACK packs them, the diagonal in logarithms."""
         diagonal = self.upper_diag.log()
         kept = self.__dict__.get("_pyflowgen")
-        if kept is None or kept[0].device != diagonal.device:
+        if kept is None or kept[2].device != diagonal.device or kept[2].dtype is not diagonal.dtype:
             n = self.features
             places = torch.empty(n, n, dtype=torch.int64)
             entries = n * (n - 1) // 2

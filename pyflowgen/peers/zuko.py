@@ -150,11 +150,11 @@ class Coupling(Univariate):
     def _features(self: Any) -> tuple[list[int], list[int]]:
         """Channels that condition, and those that are transformed; read once, as long as the buffer is the same."""
         kept = self.__dict__.get("_pyflowgen")
-        if kept is None or kept[0] is not self.mask or kept[1] != self.mask._version:
+        if common.unmarked(kept, self.mask):
             mask = self.mask.tolist()
             same, part = ([i for i, m in enumerate(mask) if m is want] for want in (True, False))
-            kept = self.__dict__["_pyflowgen"] = self.mask, self.mask._version, same, part
-        return kept[2], kept[3]
+            kept = self.__dict__["_pyflowgen"] = common.marks(self.mask), same, part
+        return kept[1], kept[2]
 
     def _fields(self: Any, inverse: bool) -> dict[str, Any] | None:
         shapes = [tuple(shape) for shape in self.shapes]
