@@ -87,8 +87,10 @@ template <class T> struct MlpCouplingBackward {
   T* sums;                   // [groups][mlp_coupling_sums]
 };
 
-// Rows of a block of the forward pass, and groups of the backward pass.
-inline constexpr int64_t mlp_block_rows = 64;
+// Rows of a block of the forward pass, and groups of the backward pass: fewer rows go in smaller ones, for the cores to
+// have one each. Never by the number of threads, on which no result may depend.
+inline constexpr int64_t mlp_most_block_rows = 64;
+inline int64_t mlp_block_rows(int64_t rows) { return rows < 8 * mlp_most_block_rows ? 32 : mlp_most_block_rows; }
 int64_t mlp_coupling_groups(int64_t rows);
 
 // clang-format off
@@ -97,7 +99,7 @@ PYFLOWGEN_PER_ISA(
   template <class T> int64_t mlp_coupling_workspace(const MlpCoupling<T>&);
   template <class T> int64_t mlp_coupling_backward_workspace(const MlpCoupling<T>&);
   template <class T> int64_t mlp_coupling_sums(const MlpCoupling<T>&);
-  // Blocks begin <= b < end of mlp_block_rows rows.
+  // Blocks begin <= b < end of mlp_block_rows(rows) rows.
   template <class T> void mlp_coupling(const MlpCoupling<T>&, int64_t begin, int64_t end, T* workspace);
   // Groups begin <= g < end; then, when all are done, the parameters' gradients: part `part` of `parts` equal ones.
   template <class T> void mlp_coupling_backward(const MlpCouplingBackward<T>&, int64_t begin, int64_t end, T* workspace);

@@ -295,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(Tensor x, std::optional<Tensor> conte
       o.y = keep && i + 1 < steps.size() ? const_cast<T*>(steps[i + 1].x) : out<T>(y);
       scratch = std::max(scratch, PYFLOWGEN_CALL(mlp_coupling_workspace<T>, o));
     }
-    const int64_t blocks = (call.x.count + mlp_block_rows - 1) / mlp_block_rows;
+    const int64_t in_block = mlp_block_rows(call.x.count), blocks = (call.x.count + in_block - 1) / in_block;
     const int64_t parts = std::min(call.threads(), blocks);
     in_threads(parts, [&](int64_t part) {
       T* const space = workspace<T>(scratch, 0);

@@ -590,7 +590,7 @@ template <class T> void residual_network_backward(const MlpCouplingBackward<T>& 
 }  // namespace
 
 template <class T> int64_t mlp_coupling_workspace(const MlpCoupling<T>& o) {
-  return panels_size(o, false) + mlp_block_rows * (spaces(o) * widest(o) + o.channels + 1);
+  return panels_size(o, false) + mlp_most_block_rows * (spaces(o) * widest(o) + o.channels + 1);
 }
 
 template <class T> void mlp_coupling(const MlpCoupling<T>& o, int64_t begin, int64_t end, T* workspace) {
@@ -598,11 +598,12 @@ template <class T> void mlp_coupling(const MlpCoupling<T>& o, int64_t begin, int
   pack_weights(o, false, workspace, packed);
   T* const spaces_of = workspace + panels_size(o, false);
   T* space[residual_spaces];
-  for (int64_t i = 0; i < spaces(o); ++i) space[i] = spaces_of + i * mlp_block_rows * widest(o);
-  T* const prepared = spaces_of + spaces(o) * mlp_block_rows * widest(o);
-  T* const logdets = prepared + mlp_block_rows * o.channels;
+  for (int64_t i = 0; i < spaces(o); ++i) space[i] = spaces_of + i * mlp_most_block_rows * widest(o);
+  T* const prepared = spaces_of + spaces(o) * mlp_most_block_rows * widest(o);
+  T* const logdets = prepared + mlp_most_block_rows * o.channels;
+  const int64_t in_block = mlp_block_rows(o.rows);
   for (int64_t b = begin; b < end; ++b) {
-    const int64_t first = b * mlp_block_rows, rows = std::min(mlp_block_rows, o.rows - first);
+    const int64_t first = b * in_block, rows = std::min(in_block, o.rows - first);
     const Block<T> block = prepare(o, first, rows, prepared);
     if (o.layers) {
       gather(o, block, space[0]);
