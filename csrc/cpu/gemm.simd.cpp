@@ -8,10 +8,22 @@
 namespace pyflowgen::PYFLOWGEN_ISA {
 namespace {
 
+// From this depth on the tile's sums take longer than a line from memory.
+constexpr int64_t prefetch_depth = 16;
+
 // One instance per height, so that the accumulators are registers and not an array in memory.
 template <class T, int rows, int vectors, bool row_major>
 [[gnu::noinline]] void tile_of(int64_t depth, const T* a, int64_t stride, const T* b, const T* addend,
                                int64_t addend_row, T* out, int64_t out_row, Finish finish) {
+  // What the end of the tile meets is asked for now: out and addend are often in memory, and the sums take long enough.
+  if (depth >= prefetch_depth)
+#pragma GCC unroll 14
+    for (int m = 0; m < rows; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) {
+        __builtin_prefetch(out + m * out_row + v * lanes<T>, 1);
+        if (addend_row) __builtin_prefetch(addend + m * addend_row + v * lanes<T>);
+      }
   Pack<T> sum[rows][vectors] = {};
   for (int64_t k = 0; k < depth; ++k, b += tile_columns<T>) {
     Pack<T> bk[vectors];
