@@ -226,11 +226,12 @@ def op_tests(op: Op) -> dict[str, Callable[..., None]]:
                 torch.testing.assert_close(a, b)
 
     def test_export(device: torch.device) -> None:
+        sample = op.resize(4).to(torch.float32, device)
+
         class Module(torch.nn.Module):
             def forward(self, *tensors: Tensor) -> Any:
-                return op.function(*tensors, **op.resize(4).options)
+                return op.function(*tensors, **sample.options)
 
-        sample = op.resize(4).to(torch.float32, device)
         program = torch.export.export(Module(), sample.tensors)
         got, want = outputs(program.module()(*sample.tensors)), outputs(op.function(*sample.tensors, **sample.options))
         for a, b in zip(got, want, strict=True):
