@@ -45,6 +45,8 @@ from pyflowgen.ops.affine_coupling import AdditiveCoupling as AdditiveCoupling
 from pyflowgen.ops.affine_coupling import AffineCoupling as AffineCoupling
 from pyflowgen.ops.affine_coupling import affine_coupling as affine_coupling
 from pyflowgen.ops.affine_coupling import affine_coupling_reference as affine_coupling_reference
+from pyflowgen.ops.conv_net import conv_net as conv_net
+from pyflowgen.ops.conv_net import conv_net_reference as conv_net_reference
 from pyflowgen.ops.gru import GRU as GRU
 from pyflowgen.ops.gru import GRUCell as GRUCell
 from pyflowgen.ops.gru import gru as gru

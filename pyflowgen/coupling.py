@@ -19,6 +19,26 @@ _MASKS = ("halves", "channel", "interleaved", "checkerboard")
 whole_layer: Callable[[Any, Tensor, Tensor | None, bool], tuple[Tensor, Tensor] | None] | None = None
 
 
+# A conditioner of images in one operator, or None where it is none that there is one for; `ops.conv_net` is put here.
+conv_conditioner: Callable[[nn.Module, Tensor], Tensor | None] | None = None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its `forward`."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def conditioned(conditioner: nn.Module, same: Tensor, context: Tensor | None) -> Tensor:
+    """What the conditioner gives for the part that stays."""
+    if context is not None:
+        with_context: Tensor = conditioner(same, context)
+        return with_context
+    found = conv_conditioner(conditioner, same) if conv_conditioner is not None and same.dim() == 4 else None
+    return conditioner(same) if found is None else found
+
+
 def check_tensors(x: Tensor, **others: Tensor | None) -> None:
     """A floating-point x, and the others of its dtype on its device."""
     for name, tensor in {"x": x, **others}.items():
@@ -50,7 +70,7 @@ def expand_mask(mask: Tensor | None, x: Tensor, dim: int, part: tuple[int, int] 
 
 
 def reference_gradients(
-    reference: Callable[..., tuple[Tensor, Tensor]],
+    reference: Callable[..., tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
     needs: Sequence[bool],
     rest: Sequence[Any],
@@ -123,7 +143,7 @@ class Coupling(Bijection):
                 first = channels - channels // 2
                 part = (0, 1) if self.swap else (first, 1)
                 same = x.narrow(dim, first, channels - first) if self.swap else x.narrow(dim, 0, first)
-        return (self.conditioner(same) if context is None else self.conditioner(same, context)), part, mask
+        return conditioned(self.conditioner, same, context), part, mask
 
     def _transform(
         self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyflowgen.bijection import Bijection, Channelwise, batch_shape, logdet_dtype, sum_event
+from pyflowgen.coupling import conditioned
 from pyflowgen.ops.affine_coupling import affine_coupling
 from pyflowgen.ops.invertible_linear import Factor, Invertible1x1Conv, invertible_linear, invertible_linear_head
 
@@ -494,7 +495,7 @@ class GlowStep(Bijection):
         self.conditioner = conditioner
 
     def _couple(self, v: Tensor, same: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
-        params = self.conditioner(same) if context is None else self.conditioner(same, context)
+        params = conditioned(self.conditioner, same, context)
         if v.is_contiguous():  # two formats in one pass take longer than a copy
             params = params.contiguous()
         part = (self.kept, 1)

@@ -8,6 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pyflowgen.coupling import hooked
+from pyflowgen.ops.conv_net import conv_net
 from pyflowgen.ops.linear import Activation, Linear
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -282,10 +284,14 @@ class ZeroConv2d(nn.Conv2d):
         _zero(self)
         self.log_gain = nn.Parameter(torch.zeros(out_channels))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def scaled(self) -> tuple[Tensor, Tensor]:
+        """The convolution's weight and bias, the gain in them."""
         gain = (3 * self.log_gain).exp()
         assert self.bias is not None
-        return nn.functional.conv2d(x, self.weight * gain[:, None, None, None], self.bias * gain, padding=1)
+        return self.weight * gain[:, None, None, None], self.bias * gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, *self.scaled(), padding=1)
 
 
 class ConvNet(nn.Module):
@@ -296,7 +302,8 @@ class ConvNet(nn.Module):
             output.
         context_features: size of a context vector `(..., F)`, mapped linearly onto the first hidden layer; 0 for none.
 
-    On the CPU it works with the channels last in memory, where convolutions are faster.
+    Without a context it is one operator, :func:`pyflowgen.conv_net`. On the CPU its result has the channels last in
+    memory.
 
     Reference: Kingma and Dhariwal, *Glow*, 2018, section 3.3.
 
@@ -323,6 +330,10 @@ class ConvNet(nn.Module):
         _check_context(self, context, self.context_features)
         if x.dim() < 3 or x.shape[-3] != self.in_channels:
             raise ValueError(f"ConvNet: x has shape {tuple(x.shape)}, expected (..., {self.in_channels}, H, W)")
+        if context is None and not any(map(hooked, (self.conv1, self.conv2, self.conv3))) and self._plain():
+            return conv_net(
+                x, self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias, *self.conv3.scaled()
+            )
         images = x.reshape(-1, *x.shape[-3:])
         if x.device.type == "cpu":
             images = images.contiguous(memory_format=torch.channels_last)
@@ -331,6 +342,10 @@ class ConvNet(nn.Module):
             h = h + _per_image(self.context(context.to(h.dtype)), x)
         h = self.conv3(self.conv2(h.relu_()).relu_())
         return h.reshape(*x.shape[:-3], *h.shape[-3:])
+
+    def _plain(self) -> bool:
+        """Whether the layers are what they were made as: a parametrised one has a class of its own."""
+        return type(self.conv1) is type(self.conv2) is nn.Conv2d and type(self.conv3) is ZeroConv2d
 
 
 class NormalPrior(nn.Module):

@@ -44,6 +44,10 @@ WITHOUT = {
         "csrc/formula/linear.h": "a product has no formula of one element; activations are in elementary.h",
         **{layer.format("linear"): "on a GPU torch's own product runs" for layer in GPU},
     },
+    "conv_net": {
+        "csrc/formula/conv_net.h": "products have no formula of one element; activations are in elementary.h",
+        **{layer.format("conv_net"): "on a GPU cuDNN's convolutions are the right way" for layer in GPU},
+    },
     "mlp_coupling": {
         "csrc/formula/mlp_coupling.h": "the transforms' formulas are those of the ops it is made of",
         "benchmarks/bench_mlp_coupling.py": "timed as whole flows, in bench_realnvp and bench_nsf",
@@ -79,7 +83,7 @@ NAMES = {
     "Inverse", "Invertible1x1Conv", "InvertibleLinear", "LSTM", "LSTMCell", "Linear", "LipschitzMLP", "Logistic",
     "LogisticDistribution", "Logit", "MLP", "MatrixExponential", "MultiScale", "NormalPrior", "Permutation",
     "Planar", "PolynomialSplineCoupling", "Radial", "Resampled", "ResidualFlow", "ResidualMLP", "Scale", "SplineCoupling", "Squeeze",
-    "Sylvester", "TRN", "ZeroConv2d", "accelerate", "accelerated", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "cubic_spline",
+    "Sylvester", "TRN", "ZeroConv2d", "accelerate", "accelerated", "affine_coupling", "affine_coupling_reference", "bits_per_dim", "build_info", "conv_net", "conv_net_reference", "cubic_spline",
     "gru", "gru_reference", "hutchinson_trace", "hutchpp_trace", "idu", "idu_reference", "invertible_linear",
     "invertible_linear_reference", "linear", "linear_reference", "linear_spline", "lstm", "lstm_reference", "mlp_coupling",
     "mlp_coupling_reference", "polynomial_spline", "polynomial_spline_reference", "quadratic_spline", "rational_quadratic_spline", "rational_quadratic_spline_reference", "reference_path", "restore",

@@ -2,33 +2,14 @@
 #include "mlp_coupling.h"
 
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 
 #include "affine_coupling_call.h"
 #include "cpu/rows.h"
+#include "cpu/workspace.h"
 
 namespace pyflowgen {
 namespace {
-
-// A thread's scratch, kept between calls: as fresh memory its page faults would cost as much as a small layer.
-template <class T> T* workspace(int64_t elements, int slot) {
-  struct Free {
-    void operator()(void* p) const { std::free(p); }
-  };
-  thread_local std::unique_ptr<void, Free> memory[2];
-  thread_local size_t capacity[2];
-  const size_t bytes = (size_t(elements) * sizeof(T) + 4095) / 4096 * 4096;
-  if (bytes > capacity[slot]) {
-    memory[slot].reset();
-    capacity[slot] = 0;
-    memory[slot].reset(std::aligned_alloc(4096, bytes));
-    STD_TORCH_CHECK(memory[slot], "mlp_coupling: no memory for ", bytes, " bytes of workspace");
-    capacity[slot] = bytes;
-  }
-  return static_cast<T*>(memory[slot].get());
-}
 
 // Multiply-adds worth a thread of their own.
 constexpr int64_t work_of_a_thread = 1 << 18;

@@ -17,6 +17,7 @@ import pyflowgen.ops.linear as product
 import pyflowgen.ops.rational_quadratic_spline as spline
 from pyflowgen import _native, coupling, recompute
 from pyflowgen.bijection import Bijection
+from pyflowgen.coupling import hooked as hooked
 from pyflowgen.ops.affine_coupling import Order, Scale
 from pyflowgen.ops.linear import Activation
 
@@ -444,12 +445,6 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.GELU: "gelu",
     nn.ELU: "elu",
 }
-
-
-def hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def named(module: nn.Module) -> str | None:
