@@ -39,22 +39,6 @@ def ours(**options: Any) -> dict[str, Factory]:
     return {"eager": eager, "pyflowgen": kernel}
 
 
-def split_ours(take: Callable[[Tensor], tuple[Tensor, Tensor]], **options: Any) -> dict[str, Factory]:
-    """As `ours`, where shift and log-scale are views that `take` makes of the packed parameters."""
-
-    def eager(device: torch.device, dtype: torch.dtype) -> Op:
-        from pyflowgen.ops.affine_coupling import affine_coupling_reference
-
-        return lambda x, params: affine_coupling_reference(x, *take(params), **options)
-
-    def kernel(device: torch.device, dtype: torch.dtype) -> Op:
-        from pyflowgen.ops.affine_coupling import affine_coupling
-
-        return lambda x, params: affine_coupling(x, *take(params), **options)
-
-    return {"eager": eager, "pyflowgen": kernel}
-
-
 class Handed(nn.Module):
     """A conditioner that gives what it was handed."""
 
@@ -247,8 +231,8 @@ def cases(device: torch.device) -> list[Case]:
     def by_hand(fn: Op) -> dict[str, Factory]:
         return {"mask-free": given(fn)}
 
-    scale_first = split_ours(lambda p: (p[:, d:], p[:, :d]), scale="atan", clamp=2.0)
-    half_scale = split_ours(lambda p: (p[..., 1], p[..., 0] / 2))
+    scale_first = ours(layout="halves_scale_first", scale="atan", clamp=2.0)
+    half_scale = ours(layout="pairs_scale_first", gain=0.5)
     eps = {"layout": "halves", "scale": "sigmoid_eps"}
     moved = {"part": (d, 1)}  # in a layer the second half is transformed, the first copied
     exp = ours(layout="halves") | by_hand(exp_halves)

@@ -26,14 +26,16 @@ void check_shape(const Tensor& x, const Tensor& t, int64_t batch_dims, int64_t c
 
 AffineCouplingCall::AffineCouplingCall(const Tensor& x, const Tensor& params, const std::optional<Tensor>& log_scale,
                                        const std::optional<Tensor>& mask, int64_t layout, int64_t start, int64_t step,
-                                       int64_t scale, double clamp, bool shift_first, bool inverse, int64_t event_dim)
+                                       int64_t scale, double clamp, double gain, bool shift_first, bool inverse,
+                                       int64_t event_dim)
     : dims_(x.dim()),
       batch_dims_(x.dim() - event_dim),
-      layout_(Layout(layout)),
+      scale_first_(layout > int64_t(Layout::pairs)),
+      layout_(Layout(scale_first_ ? layout - int64_t(Layout::pairs) : layout)),
       x_([&] {
         STD_TORCH_CHECK(event_dim >= 0 && event_dim <= x.dim(),
                         "affine_coupling: event_dim is not between 0 and x's dimensions");
-        STD_TORCH_CHECK(layout >= 0 && layout <= int64_t(Layout::pairs), "affine_coupling: unknown layout");
+        STD_TORCH_CHECK(layout >= 0 && layout <= int64_t(Layout::pairs_scale_first), "affine_coupling: unknown layout");
         STD_TORCH_CHECK(scale >= 0 && scale <= int64_t(AffineScale::softplus), "affine_coupling: unknown scale");
         STD_TORCH_CHECK(start >= 0 && step >= 1, "affine_coupling: start or step is negative");
         check_same(x, params, "shift");
@@ -76,7 +78,7 @@ AffineCouplingCall::AffineCouplingCall(const Tensor& x, const Tensor& params, co
     mask_->strides.batch = 0;
   }
   o_.start = start, o_.step = step;
-  o_.scale = AffineScale(scale), o_.clamp = clamp;
+  o_.scale = AffineScale(scale), o_.clamp = clamp, o_.gain = gain;
   o_.shift_first = shift_first, o_.inverse = inverse;
   o_.elementwise = event_dim == 0;
 }
@@ -107,10 +109,11 @@ Tensor AffineCouplingCall::new_logdet() const {
 STABLE_TORCH_LIBRARY_FRAGMENT(pyflowgen, m) {
   m.def(
       "affine_coupling(Tensor x, Tensor params, Tensor? log_scale, Tensor? mask, int layout, int start, int step, int "
-      "scale, float clamp, "
+      "scale, float clamp, float gain, "
       "bool shift_first, bool inverse, int event_dim) -> (Tensor, Tensor)");
   m.def(
       "affine_coupling_backward(Tensor? dy, Tensor? dlogdet, Tensor x, Tensor params, Tensor? log_scale, Tensor? mask, "
       "int layout, int start, "
-      "int step, int scale, float clamp, bool shift_first, bool inverse, int event_dim) -> (Tensor, Tensor, Tensor)");
+      "int step, int scale, float clamp, float gain, bool shift_first, bool inverse, int event_dim) -> (Tensor, "
+      "Tensor, Tensor)");
 }

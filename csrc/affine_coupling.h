@@ -21,6 +21,7 @@ struct AffineCouplingOptions {
   double clamp;
   bool shift_first, inverse;
   bool elementwise;  // event_dim 0: channels = inner = 1, and a log-derivative for every element
+  double gain = 1;   // what log_scale is multiplied by before its map
 };
 
 // T: storage type. A: type of the log-determinant, double for double and float for the rest.

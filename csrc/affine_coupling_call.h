@@ -1,20 +1,30 @@
 // affine_coupling: from the operator's arguments to the contract of affine_coupling.h, the same for every device.
 #pragma once
 
+#include <utility>
+
 #include "affine_coupling.h"
 #include "tensor_view.h"
 
 namespace pyflowgen {
 
 // In the order of the operator's `layout` argument: where shift and log_scale are.
-enum class Layout : int64_t { separate, halves, interleaved, pairs };
+enum class Layout : int64_t {
+  separate,
+  halves,
+  interleaved,
+  pairs,
+  halves_scale_first,
+  interleaved_scale_first,
+  pairs_scale_first
+};
 
 class AffineCouplingCall {
  public:
   // Checks every argument; throws before anything is allocated.
   AffineCouplingCall(const Tensor& x, const Tensor& params, const std::optional<Tensor>& log_scale,
                      const std::optional<Tensor>& mask, int64_t layout, int64_t start, int64_t step, int64_t scale,
-                     double clamp, bool shift_first, bool inverse, int64_t event_dim);
+                     double clamp, double gain, bool shift_first, bool inverse, int64_t event_dim);
 
   bool empty() const { return empty_; }
   const AffineCouplingOptions& options() const { return o_; }
@@ -30,7 +40,7 @@ class AffineCouplingCall {
     return {o_,
             pointer<T>(x_.tensor),
             x_.strides,
-            pointer<T>(params_.tensor),
+            shift_pointer<T>(),
             shift_strides(params_.strides),
             log_scale_pointer<T>(),
             log_scale_strides(),
@@ -53,13 +63,14 @@ class AffineCouplingCall {
     a.dlogdet = dlogdet ? pointer<A>(*dlogdet) : static_cast<const A*>(zero);
     a.dlogdet_stride = dlogdet ? *joint_stride(*dlogdet, 0, batch_dims_) : 0;
     a.x = pointer<T>(x_.tensor), a.x_strides = x_.strides;
-    a.shift = pointer<T>(params_.tensor), a.shift_strides = shift_strides(params_.strides);
+    a.shift = shift_pointer<T>(), a.shift_strides = shift_strides(params_.strides);
     a.log_scale = log_scale_pointer<T>(), a.log_scale_strides = log_scale_strides();
     a.mask = mask_pointer(), a.mask_strides = mask_strides();
     a.dx = static_cast<T*>(dx.written.mutable_data_ptr()), a.dx_strides = dx.strides;
     a.dshift = static_cast<T*>(dparams.written.mutable_data_ptr()), a.dshift_strides = shift_strides(dparams.strides);
     if (layout_ != Layout::separate) {
       a.dlog_scale = a.dshift + second(dparams.written, dparams.strides), a.dlog_scale_strides = a.dshift_strides;
+      if (scale_first_) std::swap(a.dshift, a.dlog_scale);
     } else if (dlog_scale) {
       a.dlog_scale = static_cast<T*>(dlog_scale->written.mutable_data_ptr()),
       a.dlog_scale_strides = dlog_scale->strides;
@@ -72,14 +83,18 @@ class AffineCouplingCall {
   Strides shift_strides(Strides s) const {
     return {s.batch, layout_ == Layout::interleaved ? 2 * s.channel : s.channel, s.inner};
   }
-  // Where the log-scale begins within packed parameters.
+  // Where the second of the two begins within packed parameters.
   int64_t second(const Tensor& params, Strides s) const {
     return layout_ == Layout::halves        ? o_.count * s.channel
            : layout_ == Layout::interleaved ? s.channel
                                             : params.stride(dims_);
   }
+  template <class T> const T* packed_pointer(bool at_second) const {
+    return pointer<T>(params_.tensor) + (at_second ? second(params_.tensor, params_.strides) : 0);
+  }
+  template <class T> const T* shift_pointer() const { return packed_pointer<T>(scale_first_); }
   template <class T> const T* log_scale_pointer() const {
-    if (layout_ != Layout::separate) return pointer<T>(params_.tensor) + second(params_.tensor, params_.strides);
+    if (layout_ != Layout::separate) return packed_pointer<T>(!scale_first_);
     return log_scale_ ? pointer<T>(log_scale_->tensor) : nullptr;
   }
   Strides log_scale_strides() const {
@@ -90,7 +105,8 @@ class AffineCouplingCall {
 
   AffineCouplingOptions o_{};  // first: filled while the tensors are checked
   int64_t dims_, batch_dims_;
-  Layout layout_;
+  bool scale_first_;
+  Layout layout_;  // the same with the shift first
   Input x_, params_;
   std::optional<Input> log_scale_, mask_;
   bool empty_;

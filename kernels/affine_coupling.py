@@ -33,12 +33,14 @@ SIGMOID_EPS = tl.constexpr(4)
 SOFTCLIP = tl.constexpr(5)
 ATAN = tl.constexpr(6)
 SOFTPLUS = tl.constexpr(7)
-SEPARATE, HALVES, INTERLEAVED, PAIRS = range(4)
+SEPARATE, HALVES, INTERLEAVED, PAIRS = range(4)  # and the last three again, with the log-scale first
 
 
 @triton.jit
-def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr):
+def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constexpr, GAIN: tl.constexpr):
     """What x is multiplied by (a, or 1/a for the inverse), log a and its derivative; csrc/formula/affine_coupling.h."""
+    if GAIN != 1:
+        s *= GAIN
     if SCALE == SIGMOID or SCALE == SIGMOID_EPS:  # noqa: SIM109
         u = s + 2.0
         e = exp(-tl.abs(u))  # in (0, 1]: neither overflows for any u
@@ -77,16 +79,21 @@ def scale_value(s, CLAMP: tl.constexpr, SCALE: tl.constexpr, INVERSE: tl.constex
             log_a = s
             derivative = tl.full(s.shape, 1.0, s.dtype)
         factor = exp(-log_a if INVERSE else log_a)
+    if GAIN != 1:
+        derivative *= GAIN
     return factor, log_a, derivative
 
 
 @triton.jit
-def transform(v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr):
+def transform(
+    v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+    GAIN: tl.constexpr = 1.0,
+):  # fmt: skip
     """y, and the forward map's log-derivative."""
     if SCALE == ADDITIVE:
         return v - t if INVERSE else v + t, tl.zeros(v.shape, v.dtype)
     else:
-        factor, log_a, _ = scale_value(s, CLAMP, SCALE, INVERSE)
+        factor, log_a, _ = scale_value(s, CLAMP, SCALE, INVERSE, GAIN)
         if INVERSE:
             return v * factor - t if SHIFT_FIRST else (v - t) * factor, log_a
         else:
@@ -95,15 +102,16 @@ def transform(v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl
 
 @triton.jit
 def transform_backward(
-    g, dl, v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr
-):
+    g, dl, v, t, s, CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+    GAIN: tl.constexpr = 1.0,
+):  # fmt: skip
     """Gradients of v, t and s from those of y and the log-determinant; t counts where the scale multiplies it."""
     if SCALE == ADDITIVE:
         return g, -g if INVERSE else g, tl.zeros(g.shape, g.dtype)
     else:
         if INVERSE != SHIFT_FIRST:  # what the scale multiplies or divides
             v = v - t if INVERSE else v + t
-        factor, _, derivative = scale_value(s, CLAMP, SCALE, INVERSE)
+        factor, _, derivative = scale_value(s, CLAMP, SCALE, INVERSE, GAIN)
         dv = g * factor
         ds = (dv * v + dl) * derivative
         if INVERSE:
@@ -142,7 +150,7 @@ def position(e, sizes, CHANNEL_FASTEST: tl.constexpr):
 @triton.jit
 def forward_kernel(
     x, shift, log_scale, mask, y, logdet, sizes, strides,
-    CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+    CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, GAIN: tl.constexpr,
     CHANNEL_FASTEST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = logdet.dtype.element_ty
@@ -162,7 +170,7 @@ def forward_kernel(
         s = v
         if SCALE != ADDITIVE:
             s = tl.load(at(log_scale, strides[2], row, k, i), mask=used, other=0.0).to(dtype)
-        result, log_a = transform(v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE)
+        result, log_a = transform(v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE, GAIN)
         total += tl.where(used, log_a, 0.0)
         tl.store(at(y, strides[4], row, c, i), tl.where(active, result.to(stored.dtype), stored), mask=inside)
     sum = tl.sum(total, 1)[:, None]
@@ -173,7 +181,7 @@ def forward_kernel(
 @triton.jit
 def backward_kernel(
     dy, x, shift, log_scale, mask, dx, dshift, dlog_scale, dlogdet, sizes, strides,
-    CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr,
+    CLAMP: tl.constexpr, SCALE: tl.constexpr, SHIFT_FIRST: tl.constexpr, INVERSE: tl.constexpr, GAIN: tl.constexpr,
     CHANNEL_FASTEST: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     storage: tl.constexpr = dx.dtype.element_ty
@@ -201,7 +209,7 @@ def backward_kernel(
             s = tl.load(at(log_scale, strides[3], row, k, i), mask=used, other=0.0).to(dtype)
             if INVERSE != SHIFT_FIRST:
                 t = tl.load(at(shift, strides[2], row, k, i), mask=used, other=0.0).to(dtype)
-        dv, dt, ds = transform_backward(g.to(dtype), dl, v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE)
+        dv, dt, ds = transform_backward(g.to(dtype), dl, v, t, s, CLAMP, SCALE, SHIFT_FIRST, INVERSE, GAIN)
         tl.store(at(dx, strides[5], row, c, i), tl.where(active, dv.to(storage), g), mask=inside)
         # Under a mask the gradient is zero; outside the part there is none.
         given = inside & part
@@ -219,14 +227,16 @@ class _Call:
 
     def __init__(
         self, x: Tensor, params: Tensor, log_scale: Tensor | None, mask: Tensor | None, layout: int, start: int,
-        step: int, scale: int, clamp: float, shift_first: bool, inverse: bool, event_dim: int,
+        step: int, scale: int, clamp: float, gain: float, shift_first: bool, inverse: bool, event_dim: int,
     ) -> None:  # fmt: skip
         if x.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             _fail(f"x is {x.dtype}, expected float64, float32, bfloat16 or float16")
         if not 0 <= event_dim <= x.dim():
             _fail(f"event_dim is {event_dim}, expected 0 to x's {x.dim()} dimensions")
-        if not (0 <= layout <= PAIRS and 0 <= scale <= SOFTPLUS.value and start >= 0 and step >= 1):
+        if not (0 <= layout <= 2 * PAIRS and 0 <= scale <= SOFTPLUS.value and start >= 0 and step >= 1):
             _fail(f"layout={layout}, scale={scale}, start={start}, step={step} are out of range")
+        scale_first = layout > PAIRS
+        layout -= PAIRS * scale_first
         if (layout == SEPARATE) != (log_scale is not None or scale == 0):
             _fail("log_scale comes with separate parameters and a scale, and only then")
         dims = self.dims = x.dim()
@@ -253,7 +263,7 @@ class _Call:
         ):
             _fail(f"mask must be bool of x's event shape {tuple(event)}, on its device, with all parameters")
 
-        self.x, self.layout, self.count = x, layout, count
+        self.x, self.layout, self.scale_first, self.count = x, layout, scale_first, count
         self.empty = x.numel() == 0 or params.numel() == 0
         self.accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
         batch = inner = 1
@@ -262,7 +272,7 @@ class _Call:
         for size in x.shape[dim + 1 :]:
             inner *= size
         self.sizes = batch, channels, inner, start, step, count
-        self.options = {"CLAMP": clamp, "SCALE": scale, "SHIFT_FIRST": shift_first, "INVERSE": inverse}
+        self.options = {"CLAMP": clamp, "SCALE": scale, "SHIFT_FIRST": shift_first, "INVERSE": inverse, "GAIN": gain}
         if not self.empty:
             self.inputs = self.view(x), *self.unpack(params, log_scale), self.view_mask(mask, event_dim)
 
@@ -290,12 +300,13 @@ class _Call:
             return self.view(params), self.view(log_scale)
         params, (b, c, i) = tile.strided(params, self.batch_dims, self.dims)
         if self.layout == PAIRS:
-            shift, s = params.unbind(-1)
-            return (shift, (b, c, i)), (s, (b, c, i))
-        second = self.count if self.layout == HALVES else 1
-        c *= 1 if self.layout == HALVES else 2
-        s = params.narrow(self.batch_dims, second, params.shape[self.batch_dims] - second)
-        return (params, (b, c, i)), (s, (b, c, i))
+            one, two = params.unbind(-1)
+        else:
+            second = self.count if self.layout == HALVES else 1
+            c *= 1 if self.layout == HALVES else 2
+            one, two = params, params.narrow(self.batch_dims, second, params.shape[self.batch_dims] - second)
+        shift, s = (two, one) if self.scale_first else (one, two)
+        return (shift, (b, c, i)), (s, (b, c, i))
 
     def launch(
         self, kernel: Any, t: tile.Tiles, views: Sequence[View], per_channel: Sequence[int], *extra: View
@@ -324,9 +335,9 @@ class _Call:
 
 def affine_coupling(
     x: Tensor, params: Tensor, log_scale: Tensor | None, mask: Tensor | None, layout: int, start: int, step: int,
-    scale: int, clamp: float, shift_first: bool, inverse: bool, event_dim: int,
+    scale: int, clamp: float, gain: float, shift_first: bool, inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)
+    call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, gain, shift_first, inverse, event_dim)
     y, written = tile.output(x, call.batch_dims, call.dims)
     logdet = x.new_empty(x.shape[: call.batch_dims], dtype=call.accumulator)
     if call.empty:
@@ -341,10 +352,10 @@ def affine_coupling(
 
 def affine_coupling_backward(
     dy: Tensor | None, dlogdet: Tensor | None, x: Tensor, params: Tensor, log_scale: Tensor | None,
-    mask: Tensor | None, layout: int, start: int, step: int, scale: int, clamp: float, shift_first: bool,
+    mask: Tensor | None, layout: int, start: int, step: int, scale: int, clamp: float, gain: float, shift_first: bool,
     inverse: bool, event_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim)
+    call = _Call(x, params, log_scale, mask, layout, start, step, scale, clamp, gain, shift_first, inverse, event_dim)
     tile.check_gradients("affine_coupling", dy, dlogdet, x, call.batch_dims)
     outputs = [tile.output(t, call.batch_dims, call.dims) for t in (x, params, log_scale) if t is not None]
     if call.empty:

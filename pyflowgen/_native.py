@@ -149,6 +149,26 @@ def use_kernel(op: str, x: Tensor) -> bool:
     return has_kernel_for(op, x) and x.dtype in _KERNEL_DTYPES and not _reference_only and not transforms_active()
 
 
+def applier(function: Any) -> Callable[..., Any]:
+    """``function.apply`` without its layers of Python before and behind, which a small batch feels.
+
+    They serve ``torch.func`` and classes with a ``vjp``; where there may be a transform, ``function.apply`` is called.
+    """
+    lean = torch._C._FunctionBase.__dict__["apply"].__get__(None, function)
+    if hasattr(function, "_backward_cls"):  # its own `apply` looks for the backward method in every call
+        function._backward_cls.apply = function.backward
+
+    def apply(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or transforms_active():
+            return function.apply(*args)
+        try:
+            return lean(*args)
+        except RuntimeError:  # also what is left of a transform that has ended: those tensors have no memory
+            return function.apply(*args)
+
+    return apply
+
+
 def transforms_active() -> bool:
     """Whether a ``torch.func`` transform or forward-mode differentiation is under way."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0

@@ -135,7 +135,7 @@ def case(
         params = x.new_empty([*count, 2] if layout == 3 else count)
         log_scale = params.clone() if layout == 0 and scale else None
         masked = torch.ones(shape[dim:], dtype=torch.bool) if mask else None
-        options = (x, params, log_scale, masked, layout, *part, scale, 2.0, shift_first, inverse, event_dim)
+        options = (x, params, log_scale, masked, layout, *part, scale, 2.0, 1.0, shift_first, inverse, event_dim)
         y, logdet = kernels.affine_coupling(*options)
         kernels.affine_coupling_backward(y if dy else None, logdet if dlogdet else None, *options)
 

@@ -82,7 +82,7 @@ def test_additive(launches, dtype):
         x, shift = randn(6, 5, dtype=dtype), randn(6, 3, dtype=dtype)
         # Without a scale autograd needs no kernel to go back, but the operator has one.
         check(launches, x, randn(6, 5, dtype=dtype), inverse=inverse, kernels=["forward_kernel"])
-        options = (None, None, 0, 0, 2, 0, 0.0, False, inverse, 1)
+        options = (None, None, 0, 0, 2, 0, 0.0, 1.0, False, inverse, 1)
         dy = randn(6, 5, dtype=dtype)
         dx, dshift, _ = torch.ops.pyflowgen.affine_coupling_backward(dy, None, x, shift, *options)
         assert torch.equal(dx, dy) and torch.equal(dshift, -dy[:, ::2] if inverse else dy[:, ::2])
@@ -121,6 +121,9 @@ def test_layouts_parts_masks(launches, shape, event_dim, layout):
         options = dict(case, layout=layout, event_dim=event_dim, inverse=inverse, order=order, scale="tanh")
         tensors = [randn(*packed, dtype=torch.float32)] if layout else [randn(*part, dtype=torch.float32) for _ in "ts"]
         check(launches, randn(*shape, dtype=torch.float32), *tensors, **options)
+        if layout and (not case or case.get("part") == (1, 1)):
+            options |= dict(layout=f"{layout}_scale_first", gain=0.5)
+            check(launches, randn(*shape, dtype=torch.float32), *tensors, **options)
 
 
 def strided(kind: str, *shape: int) -> Tensor:
@@ -249,7 +252,7 @@ def test_same_every_time(launches):
 def test_operator(launches):
     """The fakes fit the launchers, nothing is changed or aliased; compiled code runs them."""
     x, params = randn(3, 4, 2, dtype=torch.float32).transpose(1, 2), randn(3, 2, 8, dtype=torch.float32)
-    arguments = (x, params, None, None, 1, 0, 1, 2, 2.0, False, False, 1)
+    arguments = (x, params, None, None, 1, 0, 1, 2, 2.0, 1.0, False, False, 1)
     gradients = (torch.ones_like(x), torch.ones(3, 2))
     utils = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.pyflowgen.affine_coupling.default, arguments, test_utils=utils)
@@ -261,13 +264,13 @@ def test_operator(launches):
 @pytest.mark.parametrize("change, message", [
     ({"params": torch.zeros(3, 7)}, "shift"), ({"params": torch.zeros(2, 8)}, "shift"), ({"step": 2}, "reach beyond"),
     ({"params": torch.zeros(3, 8, dtype=torch.float64)}, "shift"), ({"mask": torch.ones(4)}, "mask"),
-    ({"layout": 4}, "layout"), ({"layout": 0}, "log_scale"), ({"event_dim": 3}, "event_dim"),
+    ({"layout": 7}, "layout"), ({"layout": 0}, "log_scale"), ({"event_dim": 3}, "event_dim"),
     ({"x": torch.zeros(3, 4, dtype=torch.int64)}, "x is"),
 ])  # fmt: skip
 def test_operator_rejects(launches, change, message):
     arguments = dict(
         x=torch.zeros(3, 4), params=torch.zeros(3, 8), log_scale=None, mask=None, layout=1, start=0, step=1, scale=1,
-        clamp=0.0, shift_first=False, inverse=False, event_dim=1,
+        clamp=0.0, gain=1.0, shift_first=False, inverse=False, event_dim=1,
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         torch.ops.pyflowgen.affine_coupling(**(arguments | change))

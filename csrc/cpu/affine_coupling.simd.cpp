@@ -98,33 +98,40 @@ template <Mode mode, class T, class... Rest> PYFLOWGEN_INLINE void prefetch_writ
 
 // What the loops take from the options, by value: a store through a pointer might change what is in memory.
 template <class T> struct Constants {
-  Pack<Compute<T>> clamp;
-  bool cached, shift_first, inverse;
-  explicit Constants(const AffineCouplingOptions& o)
+  Pack<Compute<T>> clamp, gain;
+  bool cached, scale_first, shift_first, inverse;
+  Constants(const AffineCouplingOptions& o, bool scale_first)
       : clamp(broadcast(Compute<T>(o.clamp))),
+        gain(broadcast(Compute<T>(o.gain))),
         cached(fits_cache<T>(o)),
+        scale_first(scale_first),
         shift_first(o.shift_first),
         inverse(o.inverse) {}
 };
 // y = x a + t, as most couplings are: known at compile time, so that the loop has no branches.
 template <class T> struct ScaleShift {
-  Pack<Compute<T>> clamp;
-  bool cached;
+  Pack<Compute<T>> clamp, gain;
+  bool cached, scale_first;
   static constexpr bool shift_first = false, inverse = false;
-  explicit ScaleShift(const AffineCouplingOptions& o)
-      : clamp(broadcast(Compute<T>(o.clamp))), cached(fits_cache<T>(o)) {}
+  ScaleShift(const AffineCouplingOptions& o, bool scale_first)
+      : clamp(broadcast(Compute<T>(o.clamp))),
+        gain(broadcast(Compute<T>(o.gain))),
+        cached(fits_cache<T>(o)),
+        scale_first(scale_first) {}
 };
 
 // The shift is left alone where nothing depends on it: its half of the parameters then never enters the cache.
-template <AffineScale S, Mode mode, class T, class V>
-PYFLOWGEN_INLINE void get_parameters(Cursor<const T> shift, Cursor<const T> log_scale, bool needs_shift, V& t, V& s,
-                                     int n) {
+template <AffineScale S, Mode mode, class T, class Known, class V>
+PYFLOWGEN_INLINE void get_parameters(const Known& c, Cursor<const T> shift, Cursor<const T> log_scale, bool needs_shift,
+                                     V& t, V& s, int n) {
   if constexpr (mode == Mode::pairs) {
-    load_pairs(shift.p, t, s);
+    if (c.scale_first) load_pairs(log_scale.p, s, t);
+    else load_pairs(shift.p, t, s);
   } else {
     if (needs_shift) t = get<mode>(shift, n);
     if constexpr (S != AffineScale::additive) s = get<mode>(log_scale, n);
   }
+  s *= c.gain;
 }
 
 template <AffineScale S, Mode mode, class T, class Known>
@@ -135,7 +142,7 @@ PYFLOWGEN_INLINE Pack<Compute<T>> forward_pack(const Known& c, Cursor<const T> x
   if (c.cached) prefetch_write<mode>(y);
   const Pack<C> vx = get<mode>(x, n);
   Pack<C> vt, vs{};
-  get_parameters<S, mode>(shift, log_scale, true, vt, vs, n);
+  get_parameters<S, mode>(c, shift, log_scale, true, vt, vs, n);
   auto [vy, l] = formula::affine_coupling<S>(vx, vt, vs, c.clamp, c.shift_first, c.inverse);
   if constexpr (mode == Mode::any) {
     if (mask.p) {
@@ -157,7 +164,7 @@ PYFLOWGEN_INLINE void backward_pack(const Known& c, Pack<Compute<T>> dlogdet, Cu
   if (c.cached) prefetch_write<mode>(dx, dshift, dlog_scale);
   const Pack<C> vdy = get<mode>(dy, n), vx = get<mode>(x, n);
   Pack<C> vt{}, vs{};
-  get_parameters<S, mode>(shift, log_scale, c.shift_first != c.inverse, vt, vs, n);
+  get_parameters<S, mode>(c, shift, log_scale, c.shift_first != c.inverse, vt, vs, n);
   auto [vdx, vdt, vds] =
       formula::affine_coupling_backward<S>(vdy, dlogdet, vx, vt, vs, c.clamp, c.shift_first, c.inverse);
   if constexpr (mode == Mode::any) {
@@ -169,8 +176,10 @@ PYFLOWGEN_INLINE void backward_pack(const Known& c, Pack<Compute<T>> dlogdet, Cu
     }
   }
   put<mode>(dx, vdx, n);
+  vds *= c.gain;
   if constexpr (mode == Mode::pairs) {
-    store_pairs(dshift.p, vdt, vds);
+    if (c.scale_first) store_pairs(dlog_scale.p, vds, vdt);
+    else store_pairs(dshift.p, vdt, vds);
   } else {
     put<mode>(dshift, vdt, n);
     if constexpr (S != AffineScale::additive) put<mode>(dlog_scale, vds, n);
@@ -226,14 +235,15 @@ PYFLOWGEN_INLINE void each_piece(const Nest nest, int64_t segments, int64_t begi
   }
 }
 
-template <class T> bool alternate(const Walk<T>& shift, const Walk<T>& log_scale) {
-  return log_scale.p == shift.p + 1 && log_scale.run == shift.run && log_scale.batch == shift.batch &&
-         log_scale.outer == shift.outer;
+template <class T> bool alternate(const Walk<T>& shift, const Walk<T>& log_scale, bool scale_first) {
+  return log_scale.p == shift.p + (scale_first ? -1 : 1) && log_scale.run == shift.run &&
+         log_scale.batch == shift.batch && log_scale.outer == shift.outer;
 }
 
 template <class T, class A> struct ForwardWalk {
   Nest nest;
   Mode mode;
+  bool scale_first;  // in pairs
   Walk<const T> x, shift, log_scale;
   Walk<const uint8_t> mask;
   Walk<T> y;
@@ -247,9 +257,11 @@ template <class T, class A> struct ForwardWalk {
     log_scale = walk(a.log_scale ? a.log_scale : a.shift, parameters[1], nest);
     mask = walk(a.mask, a.mask_strides, nest);
     mode = Mode::any;
+    scale_first = log_scale.p < shift.p;
     if (!a.mask && x.run == 1 && y.run == 1) {
       if (shift.run == 1 && log_scale.run == 1) mode = Mode::unit;
-      else if (std::is_same_v<T, float> && shift.run == 2 && alternate(shift, log_scale)) mode = Mode::pairs;
+      else if (std::is_same_v<T, float> && shift.run == 2 && alternate(shift, log_scale, scale_first))
+        mode = Mode::pairs;
     }
   }
 };
@@ -288,14 +300,14 @@ template <AffineScale S, Mode mode, class Known, class T, class A>
 __attribute__((noinline)) void forward_runs(const AffineCouplingOptions& o, const ForwardWalk<T, A>& given, int64_t row,
                                             int64_t row_end, int64_t k, int64_t first, int64_t last, double* sums) {
   const ForwardWalk<T, A> w = given;  // a copy, as Constants
-  const Known c(o);
+  const Known c(o, w.scale_first);
   for (; row < row_end; ++row) *sums++ += forward_run<S, mode>(c, w, row, k, first, last);
 }
 // Each lane its own row.
 template <AffineScale S, class T, class A>
 void forward_rows(const AffineCouplingForward<T, A>& a, const ForwardWalk<T, A>& w, int64_t begin, int64_t end) {
   using V = Pack<Compute<T>>;
-  const Constants<T> c(a.o);
+  const Constants<T> c(a.o, w.scale_first);
   for (int64_t row = begin; row < end; row += width<T>) {
     const int n = int(end - row < width<T> ? end - row : width<T>);
     V sum{};
@@ -356,6 +368,7 @@ void forward(const AffineCouplingForward<T, A>& a, int64_t begin, int64_t end, d
 template <class T, class A> struct BackwardWalk {
   Nest nest;
   Mode mode;
+  bool scale_first;  // in pairs
   Walk<const T> dy, x, shift, log_scale;
   Walk<const uint8_t> mask;
   Walk<T> dx, dshift, dlog_scale;
@@ -373,10 +386,11 @@ template <class T, class A> struct BackwardWalk {
     dlog_scale = walk(affine ? a.dlog_scale : a.dshift, parameters[3], nest);
     mask = walk(a.mask, a.mask_strides, nest);
     mode = Mode::any;
+    scale_first = log_scale.p < shift.p;
     if (!a.mask && dy.run == 1 && x.run == 1 && dx.run == 1) {
       if (shift.run == 1 && dshift.run == 1 && log_scale.run == 1 && dlog_scale.run == 1) mode = Mode::unit;
-      else if (std::is_same_v<T, float> && shift.run == 2 && dshift.run == 2 && alternate(shift, log_scale) &&
-               alternate(dshift, dlog_scale))
+      else if (std::is_same_v<T, float> && shift.run == 2 && dshift.run == 2 &&
+               alternate(shift, log_scale, scale_first) && alternate(dshift, dlog_scale, scale_first))
         mode = Mode::pairs;
     }
   }
@@ -401,7 +415,7 @@ template <AffineScale S, Mode mode, class Known, class T, class A>
 __attribute__((noinline)) void backward_runs(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& given,
                                              int64_t row, int64_t row_end, int64_t k, int64_t first, int64_t last) {
   const BackwardWalk<T, A> w = given;
-  const Known c(a.o);
+  const Known c(a.o, w.scale_first);
   const A* dlogdet = a.dlogdet + row * a.dlogdet_stride;
   for (const int64_t stride = a.dlogdet_stride; row < row_end; ++row, dlogdet += stride)
     backward_run<S, mode>(c, broadcast(Compute<T>(*dlogdet)), w, row, k, first, last);
@@ -409,7 +423,7 @@ __attribute__((noinline)) void backward_runs(const AffineCouplingBackward<T, A>&
 
 template <AffineScale S, class T, class A>
 void backward_rows(const AffineCouplingBackward<T, A>& a, const BackwardWalk<T, A>& w, int64_t begin, int64_t end) {
-  const Constants<T> c(a.o);
+  const Constants<T> c(a.o, w.scale_first);
   for (int64_t row = begin; row < end; row += width<T>) {
     const int n = int(end - row < width<T> ? end - row : width<T>);
     const Pack<Compute<T>> dlogdet = load_strided(a.dlogdet + row * a.dlogdet_stride, a.dlogdet_stride, n);

@@ -12,10 +12,10 @@ namespace {
 
 std::tuple<Tensor, Tensor> forward(Tensor x, Tensor params, std::optional<Tensor> log_scale, std::optional<Tensor> mask,
                                    int64_t layout, int64_t start, int64_t step, int64_t scale, double clamp,
-                                   bool shift_first, bool inverse, int64_t event_dim) {
+                                   double gain, bool shift_first, bool inverse, int64_t event_dim) {
   const OnDevice device(x);
-  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse,
-                                event_dim);
+  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, gain, shift_first,
+                                inverse, event_dim);
   Output y(x, call.batch_dims(), call.dims());
   Tensor logdet = call.new_logdet();
   if (call.empty()) {
@@ -35,10 +35,10 @@ std::tuple<Tensor, Tensor> forward(Tensor x, Tensor params, std::optional<Tensor
 std::tuple<Tensor, Tensor, Tensor> backward(std::optional<Tensor> dy, std::optional<Tensor> dlogdet, Tensor x,
                                             Tensor params, std::optional<Tensor> log_scale, std::optional<Tensor> mask,
                                             int64_t layout, int64_t start, int64_t step, int64_t scale, double clamp,
-                                            bool shift_first, bool inverse, int64_t event_dim) {
+                                            double gain, bool shift_first, bool inverse, int64_t event_dim) {
   const OnDevice device(x);
-  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse,
-                                event_dim);
+  const AffineCouplingCall call(x, params, log_scale, mask, layout, start, step, scale, clamp, gain, shift_first,
+                                inverse, event_dim);
   call.check_gradients(dy, dlogdet, x);
   Output dx(x, call.batch_dims(), call.dims()), dparams(params, call.batch_dims(), call.dims());
   std::optional<Output> dlog_scale;

@@ -32,7 +32,7 @@ struct Cut {
   bool by_channel;       // a unit lies along the channels, not along inner
   bool inverse, shift_first, elementwise;
   AffineScale scale;
-  double clamp;
+  double clamp, gain;
   dim3 grid;
 };
 
@@ -113,8 +113,9 @@ template <int W, class T, class A, AffineScale... Scale> __global__ void __launc
         if constexpr (S != AffineScale::additive) log_scale = load<W>(t.log_scale.at(here.row, u.k, u.inner));
 #pragma unroll
         for (int j = 0; j < W; ++j) {
-          auto [y, l] = formula::affine_coupling<S>(widen(x.at[j]), widen(shift.at[j]), widen(log_scale.at[j]),
-                                                    C(t.cut.clamp), t.cut.shift_first, t.cut.inverse);
+          auto [y, l] =
+              formula::affine_coupling<S>(widen(x.at[j]), widen(shift.at[j]), widen(log_scale.at[j]) * C(t.cut.gain),
+                                          C(t.cut.clamp), t.cut.shift_first, t.cut.inverse);
           if (mask && !mask[j * mask_run]) l = 0;
           else narrow(y, x.at[j]);
           sum += l;
@@ -164,13 +165,13 @@ template <int W, class T, class A, AffineScale... Scale> __global__ void __launc
 #pragma unroll
         for (int j = 0; j < W; ++j) {
           if (t.cut.elementwise && t.dlogdet) dlogdet = C(t.dlogdet[(unit * W + j) * t.dlogdet_stride]);
-          auto [dx, dt, ds] = formula::affine_coupling_backward<S>(widen(dy.at[j]), dlogdet, widen(x.at[j]),
-                                                                   widen(shift.at[j]), widen(log_scale.at[j]),
-                                                                   C(t.cut.clamp), t.cut.shift_first, t.cut.inverse);
+          auto [dx, dt, ds] = formula::affine_coupling_backward<S>(
+              widen(dy.at[j]), dlogdet, widen(x.at[j]), widen(shift.at[j]), widen(log_scale.at[j]) * C(t.cut.gain),
+              C(t.cut.clamp), t.cut.shift_first, t.cut.inverse);
           if (mask && !mask[j * mask_run]) dt = ds = 0;
           else narrow(dx, dy.at[j]);
           narrow(dt, dshift.at[j]);
-          narrow(ds, dlog_scale.at[j]);
+          narrow(ds * C(t.cut.gain), dlog_scale.at[j]);
         }
         store<W>(t.dshift.at(here.row, u.k, u.inner), dshift);
         if constexpr (S != AffineScale::additive) store<W>(t.dlog_scale.at(here.row, u.k, u.inner), dlog_scale);
@@ -237,6 +238,7 @@ Cut make_cut(const AffineCouplingOptions& o, int64_t segments, bool by_channel, 
           o.elementwise,
           o.scale,
           o.clamp,
+          o.gain,
           {}};
   cut.per_segment = ceil_div(cut.units, segments);
   cut.lanes = lanes_for(cut.per_segment);

@@ -5,6 +5,7 @@ In this order: reference, function with its gradient, layers, fake.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
@@ -17,18 +18,22 @@ from pyflowgen.coupling import Coupling, Mask, check_tensors, expand_mask, refer
 
 Scale = Literal["exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus"]
 Order = Literal["scale_shift", "shift_scale"]
-Layout = Literal["halves", "interleaved", "pairs"]
+Layout = Literal["halves", "interleaved", "pairs", "halves_scale_first", "interleaved_scale_first", "pairs_scale_first"]
 
 # The place in the tuple is the code that the operators take; 0 is the additive coupling and separate tensors.
 _SCALES = ("additive", "exp", "tanh", "sigmoid", "sigmoid_eps", "softclip", "atan", "softplus")
-_LAYOUTS = (None, "halves", "interleaved", "pairs")
+_LAYOUTS = (
+    None, "halves", "interleaved", "pairs", "halves_scale_first", "interleaved_scale_first", "pairs_scale_first",
+)  # fmt: skip
 _DEFAULT_CLAMP = {"tanh": 2.0, "atan": 2.0, "softclip": -math.log(1e-3)}
 _ORDERS = ("scale_shift", "shift_scale")
 
 
 # ---------------------------------------------------------------------------------------------------- reference
-def _bounded_log_scale(s: Tensor, scale: str, clamp: float) -> tuple[Tensor, Tensor]:
+def _bounded_log_scale(s: Tensor, scale: str, clamp: float, gain: float) -> tuple[Tensor, Tensor]:
     """(a, l): the scale a = exp(l) and its logarithm l for the unconstrained ``s``."""
+    if gain != 1:
+        s = s * gain
     if scale == "sigmoid":
         return torch.sigmoid(s + 2), F.logsigmoid(s + 2)
     if scale == "sigmoid_eps":
@@ -48,16 +53,17 @@ def _bounded_log_scale(s: Tensor, scale: str, clamp: float) -> tuple[Tensor, Ten
 
 def _unpack(params: Tensor, log_scale: Tensor | None, layout: int, event_dim: int) -> tuple[Tensor, Tensor | None]:
     """(shift, log_scale) as views of a conditioner's packed output."""
-    if layout == 1:
-        shift, log_scale = params.chunk(2, dim=-event_dim)
-    elif layout == 2:
+    if layout == 0:
+        return params, log_scale
+    kind = (layout - 1) % 3
+    if kind == 0:
+        first, second = params.chunk(2, dim=-event_dim)
+    elif kind == 1:
         before = (slice(None),) * (params.dim() - event_dim)
-        shift, log_scale = params[(*before, slice(0, None, 2))], params[(*before, slice(1, None, 2))]
-    elif layout == 3:
-        shift, log_scale = params.unbind(-1)
+        first, second = params[(*before, slice(0, None, 2))], params[(*before, slice(1, None, 2))]
     else:
-        shift = params
-    return shift, log_scale
+        first, second = params.unbind(-1)
+    return (first, second) if layout <= 3 else (second, first)
 
 
 def _reference(
@@ -70,6 +76,7 @@ def _reference(
     step: int,
     scale: int,
     clamp: float,
+    gain: float,
     shift_first: bool,
     inverse: bool,
     event_dim: int,
@@ -90,7 +97,7 @@ def _reference(
     if s is None:
         y, logdet = (part - shift if inverse else part + shift), torch.zeros_like(part)
     else:
-        a, logdet = _bounded_log_scale(s, _SCALES[scale], clamp)
+        a, logdet = _bounded_log_scale(s, _SCALES[scale], clamp, gain)
         if inverse:
             y = part / a - shift if shift_first else (part - shift) / a
             logdet = -logdet
@@ -112,6 +119,7 @@ def affine_coupling_reference(
     *,
     scale: Scale = "exp",
     clamp: float | None = None,
+    gain: float = 1.0,
     order: Order = "scale_shift",
     inverse: bool = False,
     event_dim: int = 1,
@@ -120,7 +128,8 @@ def affine_coupling_reference(
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Plain PyTorch definition of :func:`affine_coupling`, with the same arguments."""
-    return _reference(*_arguments(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask))
+    args = _arguments(x, shift, log_scale, scale, clamp, gain, order, inverse, event_dim, layout, part, mask)
+    return _reference(*args)
 
 
 # ----------------------------------------------------------------------------------------------------- function
@@ -131,6 +140,7 @@ def affine_coupling(
     *,
     scale: Scale = "exp",
     clamp: float | None = None,
+    gain: float = 1.0,
     order: Order = "scale_shift",
     inverse: bool = False,
     event_dim: int = 1,
@@ -161,6 +171,8 @@ def affine_coupling(
             ``"softplus"``    log(softplus(s) + 1e-3)                    nflows' autoregressive flow
             ================  =========================================  ===========================
         clamp: bound of ``tanh``, ``atan`` (default 2) and ``softclip`` (default -log 1e-3); others take none.
+        gain: what s is multiplied by before the map. FrEIA's ``tanh`` of an unscaled s has its clamp here, torchflows
+            ½: its s is the logarithm of a squared scale.
         order: ``"scale_shift"`` as above, or Glow's ``"shift_scale"``, :math:`y = (x + t)\,e^{\ell}`.
         inverse: apply the inverse map and return its log-determinant, :math:`-\sum\ell`.
         event_dim: how many trailing dimensions the log-determinant sums: 1 for vectors, 3 for ``(C, H, W)`` images,
@@ -168,7 +180,8 @@ def affine_coupling(
         layout: read a conditioner's packed output in place, without a copy, forward and backward. On the channel
             dimension ``-event_dim``, twice as large as the transformed part: ``"halves"`` ``[shift | log_scale]``
             (nflows) or ``"interleaved"`` ``shift, log_scale, shift, …`` (normflows, Glow). ``"pairs"``: one more
-            last dimension of 2, ``(shift, log_scale)`` (zuko).
+            last dimension of 2, ``(shift, log_scale)`` (zuko). With ``"_scale_first"`` behind the name the two change
+            places: ``"halves_scale_first"`` is ``[log_scale | shift]`` (FrEIA), ``"pairs_scale_first"`` torchflows'.
         part: ``(start, step)``: transform channels ``start, start + step, …`` only, as many as the parameters have,
             and copy the others; a coupling layer's split, transform and merge in one pass.
         mask: bool, broadcastable to the event shape: True is transformed, False copied (checkerboards). Parameters
@@ -193,20 +206,20 @@ def affine_coupling(
         >>> torch.allclose(back, x, atol=1e-5), torch.allclose(minus, -logdet)
         (True, True)
     """
-    options = _packed_options(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask)
+    options = _packed_options(x, shift, log_scale, scale, clamp, gain, order, inverse, event_dim, layout, part, mask)
     if options is not None:
         try:
             return _run(x, shift, None, None, options)
         except RuntimeError:  # the operator does not know its caller's words: say in them what does not fit
-            _arguments(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask)
+            _arguments(x, shift, log_scale, scale, clamp, gain, order, inverse, event_dim, layout, part, mask)
             raise
-    args = _arguments(x, shift, log_scale, scale, clamp, order, inverse, event_dim, layout, part, mask)
+    args = _arguments(x, shift, log_scale, scale, clamp, gain, order, inverse, event_dim, layout, part, mask)
     if not _native.use_kernel("affine_coupling", args[0]):
         return _reference(*args)
     return _run(*args[:4], args[4:])
 
 
-_Options = tuple[int, int, int, int, float, bool, bool, int]
+_Options = tuple[int, int, int, int, float, float, bool, bool, int]
 
 
 def _run(
@@ -216,14 +229,16 @@ def _run(
     if torch.is_grad_enabled() and (
         x.requires_grad or params.requires_grad or (log_scale is not None and log_scale.requires_grad)
     ):
-        y, logdet = _AffineCoupling.apply(x, params, log_scale, mask, options)  # type: ignore[no-untyped-call]
+        y, logdet = _apply(x, params, log_scale, mask, options)
     else:
         y, logdet = torch.ops.pyflowgen.affine_coupling(x, params, log_scale, mask, *options)
     return y, logdet
 
 
-def _check_options(scale: str, clamp: float | None, order: str, layout: str | None) -> float:
+def _check_options(scale: str, clamp: float | None, order: str, layout: str | None, gain: float = 1.0) -> float:
     """Check the options that are no tensors; returns the clamp to use."""
+    if not -math.inf < gain < math.inf:
+        raise ValueError(f"gain must be a finite number, got {gain}")
     if order not in _ORDERS:
         raise ValueError(f"order must be one of {_ORDERS}, got {order!r}")
     if layout not in _LAYOUTS:
@@ -240,12 +255,25 @@ def _check_options(scale: str, clamp: float | None, order: str, layout: str | No
     return float(clamp)
 
 
+_ON_CHANNELS, _PAIRS = (1, 2, 4, 5), (3, 6)  # of _LAYOUTS
+
+
+@functools.lru_cache(maxsize=1024)
+def _codes(
+    scale: str, clamp: float | None, gain: float, order: str, layout: str | None
+) -> tuple[int, int, float, float, bool]:
+    """The options that are no tensors, checked, as the operator takes them."""
+    clamp = _check_options(scale, clamp, order, layout, gain)
+    return _LAYOUTS.index(layout), _SCALES.index(scale), clamp, gain, order == "shift_scale"
+
+
 def _packed_options(
     x: Tensor,
     shift: Tensor,
     log_scale: Tensor | None,
     scale: str,
     clamp: float | None,
+    gain: float,
     order: str,
     inverse: bool,
     event_dim: int,
@@ -261,17 +289,17 @@ def _packed_options(
         return None
     if not (isinstance(x, Tensor) and isinstance(shift, Tensor) and _native.use_kernel("affine_coupling", x)):
         return None
-    last = event_dim + (layout == "pairs")
+    code = _codes(scale, clamp, float(gain), order, layout)
+    pairs = code[0] in _PAIRS
+    last = event_dim + pairs
     if event_dim > x.dim() or last > shift.dim() or _native.autocast_active():
         return None
     count, (start, step) = shift.size(-last), part or (0, 1)
-    if layout != "pairs":
+    if not pairs:
         count //= 2
     if count == 0 or (part is None and count != x.size(-event_dim)):  # the operator may be asked for less than all
         return None
-    clamp = _check_options(scale, clamp, order, layout)
-    shift_first = order == "shift_scale"
-    return _LAYOUTS.index(layout), start, step, _SCALES.index(scale), clamp, shift_first, bool(inverse), event_dim
+    return code[0], start, step, *code[1:], bool(inverse), event_dim
 
 
 def _arguments(
@@ -280,19 +308,20 @@ def _arguments(
     log_scale: Tensor | None,
     scale: str,
     clamp: float | None,
+    gain: float,
     order: str,
     inverse: bool,
     event_dim: int,
     layout: str | None,
     part: tuple[int, int] | None,
     mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, int, int, float, bool, bool, int]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int, int, int, float, float, bool, bool, int]:
     """Check everything once and return the operator's arguments; nothing is changed before all is known to fit."""
     if not (isinstance(x, Tensor) and isinstance(shift, Tensor)):
         raise TypeError(f"x and shift must be tensors, got {type(x).__name__} and {type(shift).__name__}")
     if not 0 <= event_dim <= x.dim():
         raise ValueError(f"event_dim must be between 0 and x's {x.dim()} dimensions, got {event_dim}")
-    clamp = _check_options(scale, clamp, order, layout)
+    clamp = _check_options(scale, clamp, order, layout, gain)
     if layout is not None and log_scale is not None:
         raise ValueError(f"layout={layout!r} reads log_scale from shift: log_scale must be None")
 
@@ -303,8 +332,8 @@ def _arguments(
 
     code = _LAYOUTS.index(layout)
     dim = x.dim() - event_dim
-    if event_dim == 0 and (code in (1, 2) or part is not None):
-        raise ValueError("event_dim=0 has no channel dimension: layout must be None or 'pairs', and part None")
+    if event_dim == 0 and (code in _ON_CHANNELS or part is not None):
+        raise ValueError("event_dim=0 has no channel dimension: layout must be None or of pairs, and part None")
     target = list(x.shape)
     start, step = (0, 1) if part is None else part
     if part is not None:
@@ -312,7 +341,7 @@ def _arguments(
         count = shift.shape[dim] if shift.dim() > dim else 0
         if log_scale is not None and log_scale.dim() > dim:
             count = max(count, log_scale.shape[dim])
-        if code in (1, 2):
+        if code in _ON_CHANNELS:
             count //= 2
         if start < 0 or step < 1 or count < 1 or start + (count - 1) * step >= x.shape[dim]:
             raise ValueError(
@@ -334,7 +363,7 @@ def _arguments(
                 else:
                     log_scale = tensor
     else:
-        if code == 3:
+        if code in _PAIRS:
             target.append(2)
         else:
             target[dim] *= 2
@@ -346,8 +375,8 @@ def _arguments(
     mask = expand_mask(mask, x, dim, part)
     code_scale = 0 if code == 0 and log_scale is None else _SCALES.index(scale)
     return (
-        x, shift, log_scale, mask, code, start, step, code_scale, clamp, order == "shift_scale", bool(inverse),
-        event_dim,
+        x, shift, log_scale, mask, code, start, step, code_scale, clamp, float(gain), order == "shift_scale",
+        bool(inverse), event_dim,
     )  # fmt: skip
 
 
@@ -362,7 +391,7 @@ class _AffineCoupling(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, dlogdet):  # type: ignore[no-untyped-def]
         x, params, log_scale, mask = ctx.saved_tensors
-        layout, start, step, scale, _, _, inverse, event_dim = ctx.options
+        _, start, step, scale, _, _, _, inverse, event_dim = ctx.options
         if scale == 0 and mask is None:  # y = x ± shift: the gradient is dy itself, and its own derivative
             if dy is None:
                 return None, None, None, None, None
@@ -383,6 +412,9 @@ class _AffineCoupling(torch.autograd.Function):
         return dx, dparams, dlog_scale if log_scale is not None else None, None, None
 
 
+_apply = _native.applier(_AffineCoupling)
+
+
 # ------------------------------------------------------------------------------------------------------ layers
 class AffineCoupling(Coupling):
     r"""Affine coupling layer: one part of x is scaled and shifted by functions of the other, which stays.
@@ -397,9 +429,9 @@ class AffineCoupling(Coupling):
             ``"interleaved"``: 1, 3, 5, …; ``"checkerboard"``: pixels of odd row + column; or a bool tensor,
             broadcastable to the event shape, True where transformed.
         swap: transform the other part instead.
-        scale, clamp, order: as in :func:`affine_coupling`.
+        scale, clamp, gain, order: as in :func:`affine_coupling`.
         event_dim: 1 for vectors, 3 for images ``(C, H, W)``.
-        layout: how the conditioner packs its output, ``"halves"``, ``"interleaved"`` or ``"pairs"``.
+        layout: how the conditioner packs its output, as in :func:`affine_coupling`.
 
     References:
         Dinh, Sohl-Dickstein, Bengio, *Density estimation using Real NVP*, 2016.
@@ -421,25 +453,27 @@ class AffineCoupling(Coupling):
         swap: bool = False,
         scale: Scale = "exp",
         clamp: float | None = None,
+        gain: float = 1.0,
         order: Order = "scale_shift",
         event_dim: int = 1,
         layout: Layout = "halves",
     ) -> None:
         super().__init__(conditioner, mask=mask, swap=swap, event_dim=event_dim)
-        _check_options(scale, clamp, order, layout)
+        _check_options(scale, clamp, order, layout, gain)
         self.scale: Scale = scale
-        self.clamp, self.order, self.layout = clamp, order, layout
+        self.clamp, self.gain, self.order, self.layout = clamp, gain, order, layout
 
     def _transform(
         self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
     ) -> tuple[Tensor, Tensor]:
         return affine_coupling(
-            x, params, scale=self.scale, clamp=self.clamp, order=self.order, inverse=inverse, event_dim=self.event_dim,
-            layout=self.layout, part=part, mask=mask,
+            x, params, scale=self.scale, clamp=self.clamp, gain=self.gain, order=self.order, inverse=inverse,
+            event_dim=self.event_dim, layout=self.layout, part=part, mask=mask,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale={self.scale!r}, clamp={self.clamp}, order={self.order!r}"
+        gain = "" if self.gain == 1 else f", gain={self.gain}"
+        return f"{super().extra_repr()}, scale={self.scale!r}, clamp={self.clamp}{gain}, order={self.order!r}"
 
 
 class AdditiveCoupling(Coupling):
@@ -469,7 +503,7 @@ class AdditiveCoupling(Coupling):
 
 
 # -------------------------------------------------------------------------------------------------------- fake
-def _fake(x, params, log_scale, mask, layout, start, step, scale, clamp, shift_first, inverse, event_dim):  # type: ignore[no-untyped-def]
+def _fake(x, params, log_scale, mask, layout, start, step, scale, clamp, gain, shift_first, inverse, event_dim):  # type: ignore[no-untyped-def]
     dtype = torch.float32 if x.dtype in (torch.bfloat16, torch.float16) else x.dtype
     return torch.empty_like(x), x.new_empty(x.shape[: x.dim() - event_dim], dtype=dtype)
 

@@ -205,7 +205,7 @@ def _run(
     how = reset == "after", gate == "hard_sigmoid", update == "state"
     tensors = x, weight_x, weight_0, weight_h, bias, length, cached
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _IDU.apply(how, *tensors)  # type: ignore[no-untyped-call]
+        return _apply(how, *tensors)
     h, given, *_ = torch.ops.pyflowgen.idu.default(*tensors, *how, False, packed)
     return h, given
 
@@ -240,6 +240,9 @@ class _IDU(torch.autograd.Function):
         )
         grads = dx, dweight_x, dweight_0, dweight_h, dbias, None, dcached
         return None, *(g if n else None for g, n in zip(grads, need, strict=True))
+
+
+_apply = _native.applier(_IDU)
 
 
 def _check(

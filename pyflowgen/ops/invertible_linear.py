@@ -179,7 +179,7 @@ def invertible_linear_head(
     if len(weight) > _MOST_CHANNELS or not _native.use_kernel("invertible_linear", x):
         return _reference(*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4]):
-        y, logdet, part = _InvertibleLinear.apply(*args)  # type: ignore[no-untyped-call]
+        y, logdet, part = _apply(*args)
     else:
         y, logdet, part = torch.ops.pyflowgen.invertible_linear(*args)
     return y, logdet, part
@@ -274,6 +274,9 @@ class _InvertibleLinear(torch.autograd.Function):
             dy, dlogdet, dpart, y if inverse else x, weight, log_scale, shift, permutation, sign, inverse, event_dim
         )
         return *(g if need else None for g, need in zip(found, needed, strict=True)), None, None, None, None, None
+
+
+_apply = _native.applier(_InvertibleLinear)
 
 
 # ------------------------------------------------------------------------------------------------------- layers

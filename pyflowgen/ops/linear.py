@@ -92,7 +92,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: Ac
         if torch.is_grad_enabled() and (
             x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return _Linear.apply(x, weight, bias, activation)  # type: ignore[no-untyped-call]
+            return _apply(x, weight, bias, activation)
         return torch.ops.pyflowgen.linear.default(x, weight, bias, _FUSED[activation], _packed(x, weight))
     except (AttributeError, IndexError, RuntimeError):  # the operator checks everything; this finds the words
         _check(x, weight, bias)
@@ -220,6 +220,9 @@ class _Linear(torch.autograd.Function):
             dy, x, weight, saved, _FUSED[ctx.activation], need_dx, need_dweight, need_dbias
         )
         return dx if need_dx else None, dweight if need_dweight else None, dbias if need_dbias else None, None
+
+
+_apply = _native.applier(_Linear)
 
 
 # -------------------------------------------------------------------------------------------------------- layer

@@ -270,7 +270,7 @@ def run(x: Tensor, context: Tensor | None, steps: Sequence[Step]) -> tuple[Tenso
         or (context is not None and context.requires_grad)
         or any(p is not None and p.requires_grad for p in parameters)
     ):
-        y, logdet = _MlpCoupling.apply(x, context, steps, *parameters)  # type: ignore[no-untyped-call]
+        y, logdet = _apply(x, context, steps, *parameters)
         return y, logdet
     y, logdet, _ = torch.ops.pyflowgen.mlp_coupling.default(*_operands(x, context, steps, parameters), False)
     return y, logdet
@@ -407,6 +407,9 @@ class _MlpCoupling(torch.autograd.Function):
         )  # fmt: skip
 
 
+_apply = _native.applier(_MlpCoupling)
+
+
 def _with_parameters(steps: Sequence[Step], parameters: Sequence[Tensor | None]) -> list[Step]:
     """The steps with other tensors for their parameters, in the order of `run`."""
     weights = iter(parameters)
@@ -527,7 +530,7 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
     numbers: tuple[float, ...] = _NO_NUMBERS
     if isinstance(layer, affine.AffineCoupling) and type(layer) is affine.AffineCoupling:
         name, shift_first, layout = layer.scale, layer.order == "shift_scale", layer.layout
-        if layout == "pairs":
+        if layout not in ("halves", "interleaved") or layer.gain != 1:
             return None
         scale, code = affine._SCALES.index(name), affine._LAYOUTS.index(layout)
         clamp = affine._DEFAULT_CLAMP.get(name, 0.0) if layer.clamp is None else float(layer.clamp)

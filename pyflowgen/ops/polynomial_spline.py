@@ -296,7 +296,7 @@ def polynomial_spline(
     if not _native.use_kernel("polynomial_spline", args[0]):
         return _reference(*args)
     if torch.is_grad_enabled() and (args[0].requires_grad or args[1].requires_grad):
-        y, logdet = _PolynomialSpline.apply(*args[:2], args[2:])  # type: ignore[no-untyped-call]
+        y, logdet = _apply(*args[:2], args[2:])
         return y, logdet
     y, logdet = torch.ops.pyflowgen.polynomial_spline(*args)
     return y, logdet
@@ -555,6 +555,9 @@ class _PolynomialSpline(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             return *reference_gradients(_reference, tensors, ctx.needs_input_grad, rest, (dy, dlogdet)), None
         return *torch.ops.pyflowgen.polynomial_spline_backward(dy, dlogdet, *tensors, *rest), None
+
+
+_apply = _native.applier(_PolynomialSpline)
 
 
 # ------------------------------------------------------------------------------------------------------- layer

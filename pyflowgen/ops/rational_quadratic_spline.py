@@ -287,7 +287,7 @@ def rational_quadratic_spline(
     if not _native.use_kernel("rational_quadratic_spline", args[0]):
         return _reference(*args)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        y, logdet = _RationalQuadraticSpline.apply(*tensors, args[4:])  # type: ignore[no-untyped-call]
+        y, logdet = _apply(*tensors, args[4:])
         return y, logdet
     y, logdet = torch.ops.pyflowgen.rational_quadratic_spline(*args)
     return y, logdet
@@ -494,6 +494,9 @@ class _RationalQuadraticSpline(torch.autograd.Function):
             return *reference_gradients(_reference, tensors, ctx.needs_input_grad, rest, (dy, dlogdet)), None
         grads = torch.ops.pyflowgen.rational_quadratic_spline_backward(dy, dlogdet, *tensors, *rest)
         return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None
+
+
+_apply = _native.applier(_RationalQuadraticSpline)
 
 
 # ------------------------------------------------------------------------------------------------------ layers

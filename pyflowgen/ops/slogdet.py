@@ -63,7 +63,7 @@ def slogdet(a: Tensor) -> tuple[Tensor, Tensor]:
     if not 1 <= a.shape[-1] <= _LARGEST or not _native.use_kernel("slogdet", a):
         return _reference(a)
     if torch.is_grad_enabled() and a.requires_grad:
-        sign, logabsdet = _Slogdet.apply(a)  # type: ignore[no-untyped-call]
+        sign, logabsdet = _apply(a)
         return sign, logabsdet
     sign, logabsdet = torch.ops.pyflowgen.slogdet(a)
     return sign, logabsdet
@@ -98,6 +98,9 @@ class _Slogdet(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself must be differentiable
             return torch.autograd.grad(_reference(a)[1], a, dlogabsdet, create_graph=True)[0]
         return torch.ops.pyflowgen.slogdet_backward(dlogabsdet, a)
+
+
+_apply = _native.applier(_Slogdet)
 
 
 # -------------------------------------------------------------------------------------------------------- fake

@@ -105,16 +105,18 @@ class _Coupling(_Block):
             return "atan", clamp, 1.0
         return "tanh", clamp, clamp if kept[1] == "tanh" else clamp / 2
 
-    def _map(self: Any, x: Tensor, s: Tensor, t: Tensor, rev: bool) -> tuple[Tensor, Tensor] | None:
+    def _map(self: Any, x: Tensor, rev: bool, params: Tensor, s: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
+        """By ``[s | t]``, or by t and s."""
         found = self._clamping()
         if found is None:
             return None
         scale, clamp, factor = found
-        if not common.matches(s, x):
-            s, t = s.to(x.dtype), t.to(x.dtype)
+        if not common.matches(params, x):
+            params, s = params.to(x.dtype), None if s is None else s.to(x.dtype)
         return affine_coupling(
-            x, t, s if factor == 1 else s * factor, scale=scale, clamp=clamp, inverse=bool(rev), event_dim=x.dim() - 1
-        )
+            x, params, s, scale=scale, clamp=clamp, gain=factor, inverse=bool(rev), event_dim=x.dim() - 1,
+            layout="halves_scale_first" if s is None else None,
+        )  # fmt: skip
 
     def _gains(self: Any) -> bool:
         return self._clamping() is not None
@@ -137,8 +139,7 @@ class GLOW(_Coupling):
     def _half(self: Any, x: Tensor, net: Any, u: Tensor, rev: bool) -> tuple[Tensor, Tensor] | None:
         if not common.takes(x) or self._clamping() is None:  # before the network draws random numbers
             return None
-        a, count = net(u), x.shape[1]
-        return self._map(x, a[:, :count], a[:, count:], rev)
+        return self._map(x, rev, net(u))
 
     def _coupling1(self: Any, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         found = self._half(x1, self.subnet2, u2, rev)
@@ -167,7 +168,7 @@ class RNVP(_Coupling):
 
     def _coupling1(self: Any, x1: Tensor, u2: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         found = (
-            self._map(x1, self.subnet_s2(u2), self.subnet_t2(u2), rev)
+            self._map(x1, rev, s=self.subnet_s2(u2), params=self.subnet_t2(u2))
             if common.takes(x1) and self._clamping()
             else None
         )
@@ -175,7 +176,7 @@ class RNVP(_Coupling):
 
     def _coupling2(self: Any, x2: Tensor, u1: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
         found = (
-            self._map(x2, self.subnet_s1(u1), self.subnet_t1(u1), rev)
+            self._map(x2, rev, s=self.subnet_s1(u1), params=self.subnet_t1(u1))
             if common.takes(x2) and self._clamping()
             else None
         )
@@ -222,13 +223,12 @@ class AllInOne(_Block):
         return [*coupling, Step(scaled=1, log_scale=log_scale, shift=shift), Step(permutation=index)]
 
     def _affine(self: Any, x: Tensor, a: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:
-        count = x.shape[1]
         if self.GIN or not common.takes(x) or not common.matches(a, x) or not self.clamp > 0:
             return super()._affine(x, a, rev=rev)  # type: ignore[misc]
         clamp = float(self.clamp)
         return affine_coupling(
-            x, 0.1 * a[:, count:], (0.1 * clamp) * a[:, :count], scale="tanh", clamp=clamp, inverse=bool(rev),
-            event_dim=x.dim() - 1,
+            x, 0.1 * a, scale="tanh", clamp=clamp, gain=clamp, inverse=bool(rev), event_dim=x.dim() - 1,
+            layout="halves_scale_first",
         )  # fmt: skip
 
     def _permute(self: Any, x: Tensor, rev: bool = False) -> tuple[Tensor, Tensor]:

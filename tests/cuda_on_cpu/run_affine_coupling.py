@@ -80,8 +80,10 @@ def test_layouts_and_parts(layout, part, image):
     count = channels if part is None else 8 if part[1] < 3 else 4
     inner = (3, 4) if image else ()
     params = normal(5, count, *inner, 2, seed=1) if layout == "pairs" else normal(5, 2 * count, *inner, seed=1)
+    options = dict(part=part, event_dim=1 + len(inner))
     for dtype in (torch.float32, torch.bfloat16):
-        check(normal(5, channels, *inner), params, dtype=dtype, layout=layout, part=part, event_dim=1 + len(inner))
+        check(normal(5, channels, *inner), params, dtype=dtype, layout=layout, **options)
+    check(normal(5, channels, *inner), params, layout=f"{layout}_scale_first", gain=0.5, **options)
 
 
 @pytest.mark.parametrize("shape", ((3, 4, 8, 8), (3, 5, 3, 7), (2, 6, 5, 4)))
@@ -196,7 +198,7 @@ def test_extreme_values(scale):
 
 def test_operator_is_well_formed():
     x, shift, log_scale = (normal(4, 6, seed=i) for i in range(3))
-    options = (0, 0, 1, 1, 0.0, False, False, 1)
+    options = (0, 0, 1, 1, 0.0, 1.0, False, False, 1)
     torch.library.opcheck(torch.ops.pyflowgen.affine_coupling, (x, shift, log_scale, None, *options))
     torch.library.opcheck(torch.ops.pyflowgen.affine_coupling_backward, (x, None, x, shift, log_scale, None, *options))
 
@@ -204,4 +206,4 @@ def test_operator_is_well_formed():
 def test_bad_arguments():
     x = normal(4, 6)
     with pytest.raises(RuntimeError, match="layout"):
-        torch.ops.pyflowgen.affine_coupling(x, x, None, None, 9, 0, 1, 1, 0.0, False, False, 1)
+        torch.ops.pyflowgen.affine_coupling(x, x, None, None, 9, 0, 1, 1, 0.0, 1.0, False, False, 1)
