@@ -177,6 +177,74 @@ PYFLOWGEN_INLINE Located<Pack<C>> locate(const PackOptions<C>& o, const PackInpu
   return {{f.a0, f.a1, f.b0, f.b1, d0.value, d1.value}, f.bin, d0.derivative, d1.derivative};
 }
 
+// freia's interval: along both axes, and the outer knots' derivative, which is the tails' slope.
+template <class C> struct OwnInterval {
+  formula::OwnSide<Pack<C>> x, y;
+  Pack<C> slope, slope0, slope1;  // slope0, slope1: as in Located
+};
+
+// The axis of bins of sizes softplus(parameter + shift) + least; their derivatives in the place of exponentials.
+template <bool keep, class C>
+PYFLOWGEN_INLINE formula::OwnSide<Pack<C>> own_axis(const PackOptions<C>& o, const C* u, int64_t stride, Pack<C> shift,
+                                                    Pack<C> least, Pack<C> begin, Axis<C>& axis) {
+  using V = Pack<C>;
+  alignas(64) C sizes[max_bins * lanes<C>];
+  V largest{}, all{};
+  for (int k = 0; k < o.bins; ++k) {
+    const auto size = formula::softplus_at_least(load(u + k * stride) + shift, least);
+    store(sizes + k * lanes<C>, size.value);
+    if constexpr (keep) store(axis.e + k * lanes<C>, size.derivative);
+    largest = formula::greater(size.value, largest), all += size.value;
+  }
+  const C unit = C(int64_t(1) << Sum<C>::unit(o.bins));
+  const V inverse = broadcast(C(1)) / largest;
+  Sum<C> sum{};
+  for (int k = 0; k < o.bins; ++k) sum.add(load(sizes + k * lanes<C>) * inverse * unit), axis.sums[k] = sum;
+  const auto side = formula::own_side(sum.value() * (C(1) / unit) * largest, begin, o.inverse_clip, o.clamps);
+  axis.low = side.begin, axis.high = side.begin + side.size, axis.middle = (axis.low + axis.high) * broadcast(C(0.5));
+  axis.least = V{};
+  divide(axis.high - axis.low, V{}, sum, axis.factor, axis.rest);
+  axis.factor = fma(all, V{}, axis.factor);  // a NaN is no integer
+  return side;
+}
+
+// The bin of in.x, or, with -1 and the number of bins for its number, the interval for one where x is outside; `value`
+// is then its end. d0 and d1 are derivatives.
+template <bool keep, class C> PYFLOWGEN_INLINE Found<Pack<C>> find_own(const PackOptions<C>& o, const PackInputs<C>& in,
+                                                                       Axis<C>& widths, Axis<C>& heights,
+                                                                       OwnInterval<C>& own, Pack<C>& value) {
+  using V = Pack<C>;
+  const auto& u = in.u;
+  const V one = broadcast(C(1)), last = broadcast(C(o.bins - 1));
+  if (o.affine) {
+    own.x =
+        own_axis<keep>(o, u.widths, u.stride, o.shift_width, o.min_width, o.left + load(u.first + u.stride), widths);
+    own.y = own_axis<keep>(o, u.heights, u.stride, o.shift_height, o.min_height, o.bottom + load(u.first), heights);
+    own.slope = own.y.size / own.x.size;
+  } else {
+    const V shift = broadcast(C(0.54132485461291806));  // log(e - 1)
+    const auto [share, derivative] = formula::softplus_at_least(load(u.first) + shift, V{});
+    const auto clamped = formula::clamp_size(o.width * share, o.inverse_clip, o.clamps);
+    own.x = {-0.5 * clamped.value, clamped.value, one, clamped.derivative * o.width * derivative};
+    own.slope = one;
+    softmax<0, keep>(o, [&](int k) { return load(u.widths + k * u.stride); }, V{}, own.x.begin, -own.x.begin, widths);
+    softmax<0, keep>(o, [&](int k) { return load(u.heights + k * u.stride); }, V{}, own.x.begin, -own.x.begin, heights);
+  }
+  const Axis<C>&a = o.inverse ? heights : widths, &b = o.inverse ? widths : heights;
+  const auto inside = in.x >= a.low, above = in.x > a.high;
+  value = inside ? above ? a.high : in.x : a.low;
+  Found<V> f = search<0>(value, u, o.bins, a, b);
+  const auto d0 = formula::knot_derivative<SplineConvention::freia>(f.d0, o.min_derivative, o.edge, V{}),
+             d1 = formula::knot_derivative<SplineConvention::freia>(f.d1, o.min_derivative, o.edge, V{});
+  const auto within = inside & (in.x <= a.high);
+  f.d0 = within & (f.bin > V{}) ? d0.value : own.slope, f.d1 = within & (f.bin < last) ? d1.value : own.slope;
+  own.slope0 = d0.derivative, own.slope1 = d1.derivative;
+  f.a0 = within ? f.a0 : a.low, f.a1 = within ? f.a1 : a.high, f.b0 = within ? f.b0 : b.low;
+  f.b1 = within ? f.b1 : b.high;
+  f.bin = within ? f.bin : above ? last + one : -one;
+  return f;
+}
+
 template <class C> PYFLOWGEN_INLINE Pack<C> inside_or_edge(const PackOptions<C>& o, const PackInputs<C>& in) {
   return is_inside(o, in) ? in.x : o.inverse ? in.bottom : in.left;
 }
@@ -194,7 +262,12 @@ __attribute__((noinline)) void locate_pack(const PackOptions<C>& o, const PackIn
                                            RationalQuadraticPlace<C>& place) {
   Axis<C> widths, heights;
   place.x = in.x, place.value = inside_or_edge(o, in);
-  place.found = find<S, K, false>(o, in, place.value, widths, heights);
+  if constexpr (S == SplineConvention::freia) {
+    OwnInterval<C> own;
+    place.found = find_own<false>(o, in, widths, heights, own, place.value);
+  } else {
+    place.found = find<S, K, false>(o, in, place.value, widths, heights);
+  }
 }
 
 #if defined(__AVX512F__)
@@ -243,11 +316,18 @@ PYFLOWGEN_INLINE void finish_packs(const PackOptions<C>& o, RationalQuadraticPla
   formula::Splined<Pack<C>> r[n];
   for (int i = 0; i < n; ++i) {
     const auto& f = places[i].found;
-    const auto d0 = formula::knot_derivative<S>(f.d0, o.min_derivative, o.edge, o.inverse_clip).value,
-               d1 = formula::knot_derivative<S>(f.d1, o.min_derivative, o.edge, o.inverse_clip).value;
+    Pack<C> d0 = f.d0, d1 = f.d1;
+    if constexpr (S != SplineConvention::freia) {
+      d0 = formula::knot_derivative<S>(d0, o.min_derivative, o.edge, o.inverse_clip).value;
+      d1 = formula::knot_derivative<S>(d1, o.min_derivative, o.edge, o.inverse_clip).value;
+    }
     const formula::SplineBin<Pack<C>> bin = inverse ? formula::SplineBin<Pack<C>>{f.b0, f.b1, f.a0, f.a1, d0, d1}
                                                     : formula::SplineBin<Pack<C>>{f.a0, f.a1, f.b0, f.b1, d0, d1};
     r[i] = formula::rational_quadratic(places[i].value, bin, inverse);
+    if constexpr (S == SplineConvention::freia) {  // the tail begins where the interval ends
+      const Pack<C> beyond = places[i].x - places[i].value;
+      r[i].y += inverse ? beyond / d0 : beyond * d0;
+    }
   }
   for (int i = 0; i < n; ++i) places[i].result = {r[i].y, r[i].l};
 }
@@ -263,16 +343,52 @@ __attribute__((noinline)) void finish_all(const PackOptions<C>& o, RationalQuadr
 // has the gradient `shift` where j is before the bin, `size` where it is it, and 0 beyond; then through the softmax.
 template <class C> struct AxisGradient {
   Pack<C> before, at, beyond;  // times e[k]
+  Pack<C> mean;                // of the bins' gradients, weighed by their sizes less the least
   AxisGradient(const Axis<C>& axis, const PackOptions<C>& o, Pack<C> rest, Pack<C> number, Pack<C> offset,
                Pack<C> length, Pack<C> shift, Pack<C> size) {
     // probabilities of what is before the bin, and of it
     const Pack<C> share = broadcast(C(1)) / (rest * (axis.high - axis.low));
     const Pack<C> p_before = (offset - number * axis.least) * share, p_at = (length - axis.least) * share;
-    const Pack<C> mean = fma(shift, p_before, size * p_at);
+    mean = fma(shift, p_before, size * p_at);
     const Pack<C> factor = o.scale * axis.factor;
     before = (shift - mean) * factor, at = (size - mean) * factor, beyond = -mean * factor;
   }
 };
+
+// The gradients of all parameters from those of the bins, w and h, and of the derivatives at the bin's knots.
+template <SplineConvention S, int K, class C, class Sizes>
+PYFLOWGEN_INLINE void give_gradients(const PackOptions<C>& o, const PackInputs<C>& in, const Axis<C>& widths,
+                                     const Axis<C>& heights, Pack<C> bin, const Sizes& w, const Sizes& h, Pack<C> d0,
+                                     Pack<C> d1, PackGradients<C>& out) {
+  using V = Pack<C>;
+  const V zero{};
+  V number{};
+  auto reached = number == number && bin >= zero;  // whether bin k is not beyond
+  V previous = zero;                               // of knot k, from the bin before
+  const int n = K ? K : o.bins;
+  for (int k = 0; k < n; ++k) {
+    const auto next = bin > number;
+    V dw = widths.exponential(k) * (next ? w.before : reached ? w.at : w.beyond);
+    V dh = heights.exponential(k) * (next ? h.before : reached ? h.at : h.beyond);
+    if constexpr (S == SplineConvention::zuko) {
+      const V twice = o.inverse_clip + o.inverse_clip;
+      dw *= formula::softclip(load(in.u.widths + k * in.u.stride) * o.scale, twice).derivative;
+      dh *= formula::softclip(load(in.u.heights + k * in.u.stride) * o.scale, twice).derivative;
+    } else if constexpr (S == SplineConvention::torchflows) {
+      dw += dh;
+      dh *= broadcast(C(1e-3));
+    }
+    store(out.widths + k * out.stride, dw), store(out.heights + k * out.stride, dh);
+    const auto here = bin == number;
+    const V d = here ? d0 : previous;
+    if (k == 0) out.ends[0] = d;
+    else store(out.inner + (k - 1) * out.stride, d);
+    previous = here ? d1 : zero;
+    reached = next;
+    number += 1;
+  }
+  out.ends[1] = previous;
+}
 
 template <SplineConvention S, int K, class C>
 __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> dy,
@@ -289,39 +405,54 @@ __attribute__((noinline)) void backward_pack(const PackOptions<C>& o, const Pack
   const AxisGradient<C> w(widths, o, o.rest_width, at.number, bin.x0 - in.left, bin.x1 - bin.x0, g.shift_x, g.width);
   const AxisGradient<C> h(heights, o, o.rest_height, at.number, bin.y0 - in.bottom, bin.y1 - bin.y0, g.shift_y,
                           g.height);
-  const V d0 = g.d0 * at.slope0, d1 = g.d1 * at.slope1;
-  V number{};
-  auto reached = number == number;  // whether bin k is not beyond
-  V previous = zero;                // of knot k, from the bin before
-  const int n = K ? K : o.bins;
-  for (int k = 0; k < n; ++k) {
-    const auto next = at.number > number;
-    V dw = widths.exponential(k) * (next ? w.before : reached ? w.at : w.beyond);
-    V dh = heights.exponential(k) * (next ? h.before : reached ? h.at : h.beyond);
-    if constexpr (S == SplineConvention::zuko) {
-      const V twice = o.inverse_clip + o.inverse_clip;
-      dw *= formula::softclip(load(in.u.widths + k * in.u.stride) * o.scale, twice).derivative;
-      dh *= formula::softclip(load(in.u.heights + k * in.u.stride) * o.scale, twice).derivative;
-    } else if constexpr (S == SplineConvention::torchflows) {
-      dw += dh;
-      dh *= broadcast(C(1e-3));
-    }
-    store(out.widths + k * out.stride, dw), store(out.heights + k * out.stride, dh);
-    const auto here = at.number == number;
-    const V d = here ? d0 : previous;
-    if (k == 0) out.ends[0] = d;
-    else store(out.inner + (k - 1) * out.stride, d);
-    previous = here ? d1 : zero;
-    reached = next;
-    number += 1;
+  give_gradients<S, K>(o, in, widths, heights, at.number, w, h, g.d0 * at.slope0, g.d1 * at.slope1, out);
+}
+
+template <class C> __attribute__((noinline)) void backward_own(const PackOptions<C>& o, const PackInputs<C>& in,
+                                                               Pack<C> dy, Pack<C> dlogdet, PackGradients<C>& out,
+                                                               Pack<C>& dx) {
+  using V = Pack<C>;
+  Axis<C> widths, heights;
+  OwnInterval<C> own;
+  V value;
+  const auto f = find_own<true>(o, in, widths, heights, own, value);
+  const V zero{}, last = broadcast(C(o.bins - 1));
+  const auto within = (f.bin >= zero) & (f.bin <= last), above = f.bin > last;
+  const formula::SplineBin<V> bin = o.inverse ? formula::SplineBin<V>{f.b0, f.b1, f.a0, f.a1, f.d0, f.d1}
+                                              : formula::SplineBin<V>{f.a0, f.a1, f.b0, f.b1, f.d0, f.d1};
+  auto g = formula::rational_quadratic_backward(within ? dy : zero, within ? dlogdet : zero, value, bin, o.inverse);
+  const V d0 = g.d0 * own.slope0, d1 = g.d1 * own.slope1;
+  if (!o.affine) {
+    dx = within ? g.input : dy;
+    const AxisGradient<C> w(widths, o, o.rest_width, f.bin, bin.x0 - own.x.begin, bin.x1 - bin.x0, g.shift_x, g.width);
+    const AxisGradient<C> h(heights, o, o.rest_height, f.bin, bin.y0 - own.x.begin, bin.y1 - bin.y0, g.shift_y,
+                            g.height);
+    give_gradients<SplineConvention::nflows, 0>(o, in, widths, heights, f.bin, w, h, d0, d1, out);
+    out.ends[0] = (w.mean + h.mean - C(0.5) * (g.shift_x + g.shift_y)) * own.x.growth, out.ends[1] = zero;
+    return;
   }
-  out.ends[1] = previous;
+  const auto tail = formula::tail_backward(dy, dlogdet, in.x - value, own.slope, o.inverse);
+  const V of_knots = (f.bin == zero ? g.d0 : zero) + (f.bin == last ? g.d1 : zero);
+  const V slope = (within ? of_knots : tail.slope) / own.x.size;
+  const V shift_x = within ? g.shift_x : tail.shift_x, shift_y = within ? g.shift_y : tail.shift_y;
+  dx = within ? g.input : tail.input;
+  const auto w = formula::own_gradient(own.x, above ? own.x.size : bin.x0 - own.x.begin, bin.x1 - bin.x0, shift_x,
+                                       g.width, -slope * own.slope);
+  const auto h = formula::own_gradient(own.y, above ? own.y.size : bin.y0 - own.y.begin, bin.y1 - bin.y0, shift_y,
+                                       g.height, slope);
+  give_gradients<SplineConvention::nflows, 0>(o, in, widths, heights, f.bin, w, h, d0, d1, out);
+  out.ends[0] = h.begin, out.ends[1] = w.begin;
 }
 
 template <SplineConvention S> struct RationalQuadratic {
   static constexpr bool every_knot = true;
   static constexpr bool in_steps = true;
   template <class C> using Place = RationalQuadraticPlace<C>;
+  template <class C> static PYFLOWGEN_INLINE auto inside(const PackOptions<C>& o, const Place<C>& place) {
+    auto inside = place.value == place.x;
+    if (o.affine) inside |= ~inside;
+    return inside;
+  }
   template <class C> static bool takes_rows([[maybe_unused]] const PackOptions<C>& o) {
 #if defined(__AVX512F__)
     if constexpr (sizeof(C) == sizeof(float) && S == SplineConvention::nflows)
@@ -343,7 +474,8 @@ template <SplineConvention S> struct RationalQuadratic {
   }
   template <class C> static PYFLOWGEN_INLINE void backward(const PackOptions<C>& o, const PackInputs<C>& in, Pack<C> dy,
                                                            Pack<C> dlogdet, PackGradients<C>& out, Pack<C>& dx) {
-    if (S == SplineConvention::nflows && o.bins == 8) backward_pack<S, 8>(o, in, dy, dlogdet, out, dx);
+    if constexpr (S == SplineConvention::freia) return backward_own(o, in, dy, dlogdet, out, dx);
+    else if (S == SplineConvention::nflows && o.bins == 8) backward_pack<S, 8>(o, in, dy, dlogdet, out, dx);
     else backward_pack<S, 0>(o, in, dy, dlogdet, out, dx);
   }
 };
@@ -354,6 +486,7 @@ template <class F> void with_convention(SplineConvention convention, F f) {
     case SplineConvention::nflows: return f.template operator()<SplineConvention::nflows>();
     case SplineConvention::zuko: return f.template operator()<SplineConvention::zuko>();
     case SplineConvention::torchflows: return f.template operator()<SplineConvention::torchflows>();
+    case SplineConvention::freia: return f.template operator()<SplineConvention::freia>();
   }
 }
 }  // namespace

@@ -27,16 +27,19 @@ template <class C> struct PackInputs {
 
 template <class C> struct PackOptions {
   int bins, degree;
-  bool inverse, tails;
+  bool inverse, tails, affine, clamps;
   Pack<C> min_width, min_height, rest_width, rest_height;  // rest: what the softmax shares out
   Pack<C> min_derivative, edge, inverse_clip, scale;
-  Pack<C> to_exponent;  // from what the softmax takes to powers of two
+  Pack<C> left, bottom, width, shift_width, shift_height;  // freia's interval of parameters 0
+  Pack<C> to_exponent;                                     // from what the softmax takes to powers of two
 
   explicit PackOptions(const RationalQuadraticSplineOptions& o)
       : bins(int(o.bins)),
         degree(int(o.degree)),
         inverse(o.inverse),
         tails(o.tails != SplineTails::none),
+        affine(o.tails == SplineTails::affine),
+        clamps(o.clip > 0),
         min_width(broadcast(C(o.min_bin_width))),
         min_height(broadcast(C(o.min_bin_height))),
         rest_width(broadcast(C(1 - o.min_bin_width * double(o.bins)))),
@@ -45,6 +48,11 @@ template <class C> struct PackOptions {
         edge(broadcast(C(o.edge))),
         inverse_clip(broadcast(C(o.clip > 0 ? 1 / o.clip : 0))),
         scale(broadcast(C(o.scale))),
+        left(broadcast(C(o.left))),
+        bottom(broadcast(C(o.bottom))),
+        width(broadcast(C(o.right - o.left))),
+        shift_width(broadcast(C(o.shift_width))),
+        shift_height(broadcast(C(o.shift_height))),
         to_exponent(broadcast(C((o.convention == SplineConvention::zuko ? 1 : o.scale) * 1.44269504088896340736))) {}
 };
 
@@ -225,7 +233,9 @@ template <class T, class Arguments> struct Loader {
     }
     const C* const d = from + 2 * bins * stride;
     PackParameters<C> u{from, from + bins * stride, d, stride, edges, edges};
-    if (a.o.tails != SplineTails::linear) {
+    if (a.o.tails >= SplineTails::affine) {  // first: where the interval is
+      u.inner = d + (a.o.tails == SplineTails::affine ? 2 : 1) * stride, u.first = u.last = d;
+    } else if (a.o.tails != SplineTails::linear) {
       u.inner = d + stride;
       u.first = d, u.last = a.o.tails == SplineTails::circular ? d : d + bins * stride;
       if (a.o.tails == SplineTails::mixed) {
@@ -243,6 +253,10 @@ template <class T, class Arguments> struct Loader {
     PackInputs<C> in{};
     in.left = broadcast(C(a.o.left)), in.right = broadcast(C(a.o.right));
     in.bottom = broadcast(C(a.o.bottom)), in.top = broadcast(C(a.o.top));
+    if (a.o.tails >= SplineTails::affine) {  // known to the spline alone: all may be inside
+      in.right = in.top = broadcast(C(__builtin_inf()));
+      in.left = in.bottom = -in.right;
+    }
     return in;
   }
   // And the rest. by_rows: the spline takes rows as they are.
@@ -306,7 +320,7 @@ template <class Kind, class T, class A> void forward_elements(const RationalQuad
       Kind::finish(options, places, used);
       for (int i = 0; i < used; ++i, again.advance()) {
         const auto& p = places[i];
-        give(again.group, again.element, p.x, p.value == p.x, p.result.y, p.result.l);
+        give(again.group, again.element, p.x, Kind::inside(options, p), p.result.y, p.result.l);
       }
     }
   } else {
@@ -404,6 +418,7 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
     if (a.mask) {
       const auto selected = load_mask<C>(a.mask, a.mask_strides, g);
       used_dy = selected ? dy : Pack<C>{}, dlogdet = selected ? dlogdet : Pack<C>{};
+      in.x = selected ? in.x : Pack<C>{};
       inside &= selected;
     }
     const bool direct = std::is_same_v<T, C> && one_out && g.regular && g.n == n && g.step(a.dwidths.strides) == 1;
@@ -413,7 +428,8 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
       if (direct) to = a.dwidths.p + g.first(a.dwidths.strides), stride = a.dwidths.parameter;
     }
     C* const d = to + 2 * bins * stride;
-    PackGradients<C> out{to, to + bins * stride, o.tails == SplineTails::linear ? d : d + stride, stride, {}};
+    const int64_t ends = o.tails == SplineTails::linear ? 0 : o.tails == SplineTails::affine ? 2 : 1;
+    PackGradients<C> out{to, to + bins * stride, d + ends * stride, stride, {}};
     Pack<C> dx;
     Kind::backward(options, in, used_dy, dlogdet, out, dx);
     const bool none = o.tails == SplineTails::none;
@@ -425,7 +441,9 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
       const Pack<C> both = out.ends[0] + out.ends[1];
       if (o.tails == SplineTails::none) {
         store(d, out.ends[0]), store(d + bins * stride, out.ends[1]);
-      } else if (o.tails == SplineTails::circular) {
+      } else if (o.tails == SplineTails::affine) {
+        store(d, out.ends[0]), store(d + stride, out.ends[1]);
+      } else if (o.tails == SplineTails::circular || o.tails == SplineTails::resized) {
         store(d, both);
       } else if (o.tails == SplineTails::mixed) {
         store(d, load_mask<C>(a.circular, a.circular_strides, g) ? both : Pack<C>{}),
