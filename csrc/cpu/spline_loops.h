@@ -23,11 +23,13 @@ template <class C> struct PackInputs {
   PackParameters<C> u;
   const C* rows;  // not null: lane l's parameters are at rows + l row_step instead
   int64_t row_step;
+  const C* ahead;  // rows_ahead()
 };
 
 template <class C> struct PackOptions {
   int bins, degree;
   bool inverse, tails, affine, clamps;
+  bool quick;  // bins of a size that leaves most of the interval to the softmax: sums of its integers find the bin
   Pack<C> min_width, min_height, rest_width, rest_height;  // rest: what the softmax shares out
   Pack<C> min_derivative, edge, inverse_clip, scale;
   Pack<C> left, bottom, width, shift_width, shift_height;  // freia's interval of parameters 0
@@ -40,6 +42,8 @@ template <class C> struct PackOptions {
         tails(o.tails != SplineTails::none),
         affine(o.tails == SplineTails::affine),
         clamps(o.clip > 0),
+        quick(sizeof(C) == sizeof(float) && lanes<C> == 16 && o.min_bin_width * double(o.bins) <= 0.5 &&
+              o.min_bin_height * double(o.bins) <= 0.5),
         min_width(broadcast(C(o.min_bin_width))),
         min_height(broadcast(C(o.min_bin_height))),
         rest_width(broadcast(C(1 - o.min_bin_width * double(o.bins)))),
@@ -216,9 +220,10 @@ template <class T, class Arguments> struct Loader {
       if constexpr (std::is_same_v<T, C>) from = a.widths.p + g.first(a.widths.strides), stride = a.widths.parameter;
     } else {
       const T* rows[n];
-      if (one) prefetch_rows(a.widths.p, a.widths.strides, g, 2 * bins + a.o.derivatives);
+      const int64_t columns = 2 * bins + a.o.derivatives;
       rows_of(a.widths.p, a.widths.strides, g, rows);
-      rows_to_packs<T>(rows, a.widths.parameter, one ? 2 * bins + a.o.derivatives : bins, buffer);
+      rows_to_packs<T>(rows, a.widths.parameter, one ? columns : bins, buffer,
+                       one ? rows_ahead(a.widths.p, a.widths.strides, g, columns) : nullptr);
       if (!one) {
         rows_of(a.heights.p, a.heights.strides, g, rows);
         rows_to_packs<T>(rows, a.heights.parameter, bins, buffer + bins * n);
@@ -266,7 +271,7 @@ template <class T, class Arguments> struct Loader {
     in.rows = nullptr;
     if constexpr (std::is_same_v<T, C>) {
       if (by_rows && g.regular && g.n == n && g.step(a.widths.strides) != 1) {
-        prefetch_rows(a.widths.p, a.widths.strides, g, 2 * a.o.bins + a.o.derivatives);
+        in.ahead = rows_ahead(a.widths.p, a.widths.strides, g, 2 * a.o.bins + a.o.derivatives);
         in.rows = a.widths.p + g.first(a.widths.strides), in.row_step = g.step(a.widths.strides);
       }
     }
@@ -408,7 +413,11 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
   T rest[max_parameters];  // gradients of the lanes beyond a group's end
   const bool large =
       one_out && a.dwidths.parameter == 1 && o.batch * o.count * o.inner * columns * int64_t(sizeof(T)) >= past_cache;
-  alignas(64) T together[max_parameters * n];  // gradients as they go past the cache
+  // Gradients that go past the cache: put together in rows, and sent with the next group's, when they need no waiting
+  // for.
+  alignas(64) T together[2][max_parameters * n];
+  T* sent_to = nullptr;
+  int filled = 0;
   PackInputs<C> in = loader.start(edges);
   each_group<n>(o.count, o.inner, first, last, [&](const Group<n>& g, int64_t) {
     loader.take(g, x_strides, false, buffer, edges, in);
@@ -460,9 +469,12 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
     if constexpr (std::is_same_v<T, float>) {
       T* const to = a.dwidths.p + g.first(a.dwidths.strides);
       if (large && g.regular && g.n == n && g.step(a.dwidths.strides) == columns && uintptr_t(to) % vector_bytes == 0) {
-        for (int l = 0; l < n; ++l) rows[l] = together + l * columns;
+        for (int l = 0; l < n; ++l) rows[l] = together[filled] + l * columns;
         packs_to_rows<T>(buffer, rows, 1, columns, n);
-        return stream(to, together, n * columns);
+        filled ^= 1;
+        if (sent_to) stream(sent_to, together[filled], n * columns);
+        sent_to = to;
+        return;
       }
     }
     if (one_out) return write(a.dwidths, buffer, columns);
@@ -470,6 +482,8 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
     write(a.dheights, buffer + bins * n, bins);
     write(a.dderivatives, buffer + 2 * bins * n, o.derivatives);
   });
+  if constexpr (std::is_same_v<T, float>)
+    if (sent_to) stream(sent_to, together[filled ^ 1], n * columns);
   if (large) stream_done();
 }
 
