@@ -503,3 +503,17 @@ def test_parameters_that_are_not_finite_or_huge(convention: str, bins: int) -> N
             sound = b.view(16, -1).isfinite().all(1)
             scale = b[sound].abs().max()
             torch.testing.assert_close(a[sound] / scale, (b[sound] / scale).float(), rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_past_the_cache_are_those_of_small_batches() -> None:
+    """Above 16 MB they are written another way, the last group's too."""
+    x, params = 2 * normal(5800, 33).float(), normal(5800, 33, 23).float()
+
+    def gradients(x: Tensor, params: Tensor) -> list[Tensor]:
+        x, params = x.requires_grad_(), params.requires_grad_()
+        y, logdet = rational_quadratic_spline(x, params, layout="last")
+        return list(torch.autograd.grad(y.sin().sum() + logdet.sum(), (x, params)))
+
+    parts = [gradients(a.clone(), b.clone()) for a, b in zip(x.split(1000), params.split(1000), strict=True)]
+    for whole, *pieces in zip(gradients(x, params), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(pieces))
