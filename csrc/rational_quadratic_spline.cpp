@@ -1,4 +1,6 @@
 // rational_quadratic_spline: schema and argument check.
+#include <cmath>
+
 #include "rational_quadratic_spline_call.h"
 
 namespace pyflowgen {
@@ -14,8 +16,10 @@ RationalQuadraticSplineCall::RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAME
   const auto check = [](bool fits, const char* what) { STD_TORCH_CHECK(fits, "rational_quadratic_spline: ", what); };
   check(event_dim >= 0 && event_dim <= dims_, "event_dim is not between 0 and x's dimensions");
   check(layout >= 0 && layout <= int64_t(Layout::channels), "unknown layout");
-  check(convention >= 0 && convention <= int64_t(SplineConvention::torchflows), "unknown convention");
-  check(tails >= 0 && tails <= int64_t(SplineTails::mixed), "unknown tails");
+  check(convention >= 0 && convention <= int64_t(SplineConvention::freia), "unknown convention");
+  check(tails >= 0 && tails <= int64_t(SplineTails::resized), "unknown tails");
+  check((SplineConvention(convention) == SplineConvention::freia) == (tails > int64_t(SplineTails::mixed)),
+        "convention freia has tails of its own");
   check(bins >= 2 && bins <= 64, "bins must be from 2 to 64");
   check(start >= 0 && step >= 1, "start or step is negative");
   check(heights.has_value() == (layout_ == Layout::separate) && heights.has_value() == derivatives.has_value(),
@@ -24,7 +28,8 @@ RationalQuadraticSplineCall::RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAME
   check(layout_ != Layout::channels || event_dim > 0, "this layout needs a channel dimension");
   o_.bins = bins;
   o_.tails = SplineTails(tails);
-  const int64_t more = o_.tails == SplineTails::linear ? -1 : o_.tails == SplineTails::circular ? 0 : 1;
+  const bool as_many = o_.tails == SplineTails::circular || o_.tails == SplineTails::resized;
+  const int64_t more = o_.tails == SplineTails::linear ? -1 : as_many ? 0 : 1;
   o_.derivatives = degree == 1 ? -bins : degree == 2 ? more : degree == 3 ? 2 : bins + more;
   const int64_t each = 2 * bins + o_.derivatives, last = layout_ != Layout::channels;
 
@@ -78,6 +83,14 @@ RationalQuadraticSplineCall::RationalQuadraticSplineCall(PYFLOWGEN_SPLINE_PARAME
   o_.left = left, o_.right = right, o_.bottom = bottom, o_.top = top;
   o_.min_bin_width = min_bin_width, o_.min_bin_height = min_bin_height, o_.min_derivative = min_derivative;
   o_.edge = edge, o_.clip = clip, o_.scale = scale;
+  if (o_.tails == SplineTails::affine) {
+    check(!bound, "freia's interval has no bound");
+    const auto shift = [&](double size, double least) {  // log(e^v - 1)
+      const double v = size / double(bins) - least;
+      return v + std::log(-std::expm1(-v));
+    };
+    o_.shift_width = shift(right - left, min_bin_width), o_.shift_height = shift(top - bottom, min_bin_height);
+  }
   o_.inverse = inverse, o_.elementwise = event_dim == 0, o_.degree = degree;
   empty_ = x.numel() == 0 || widths.numel() == 0;
 }

@@ -4,7 +4,8 @@
 // one parameter of an element to the next. x, y, dy, dx have `channels` channels; parameters, bound and circular have
 // `count`, and their channel k belongs to x's channel start + k step. Other channels are copied. The mask, where there
 // is one, is (channels, inner) bytes. An element has `bins` widths and heights and `derivatives` derivatives: those of
-// the inner knots (linear tails), of all but the last (circular), or of all (none and mixed).
+// the inner knots (linear tails), of all but the last (circular), or of all (none and mixed); freia's of the inner
+// knots after one or two that say where the interval is (formula/spline_convention.h).
 #pragma once
 
 #include <cstdint>
@@ -26,11 +27,13 @@ struct RationalQuadraticSplineOptions {
   double left, right, bottom, top;  // -1 and 1 times bound where there is one
   double min_bin_width, min_bin_height, min_derivative;
   double edge;   // parameter of the outer knots' derivatives with linear tails
-  double clip;   // bound of zuko's soft clip
+  double clip;   // bound of zuko's soft clip; of the interval's sizes, of freia's
   double scale;  // of widths and heights
   bool inverse;
   bool elementwise;    // event_dim 0: channels = inner = 1, and a log-derivative for every element
   int64_t degree = 0;  // of a polynomial spline
+  // freia, affine tails: what softplus gives a bin's default size, less the least, for.
+  double shift_width = 0, shift_height = 0;
 };
 
 template <class T> struct SplineParameters {

@@ -106,4 +106,40 @@ class RationalQuadraticSplineCall {
   bool empty_;
 };
 
+// What the adapters of every device and spline have in common. run(y, logdet) fills both.
+template <class Run>
+std::tuple<Tensor, Tensor> spline_outputs(const RationalQuadraticSplineCall& call, const Tensor& x, Run run) {
+  Output y(x, call.batch_dims(), call.dims());
+  Tensor logdet = call.new_logdet();
+  if (call.empty()) {
+    torch::stable::copy_(y.result, x);
+    return {y.result, torch::stable::zero_(logdet)};
+  }
+  run(y, logdet);
+  return {y.finish(), logdet};
+}
+// run(dy, dlogdet, dx, gradients) fills the last two.
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor, Tensor> spline_gradients(const RationalQuadraticSplineCall& call,
+                                                            const std::optional<Tensor>& dy,
+                                                            std::optional<Tensor> dlogdet, const Tensor& x, Run run) {
+  call.check_gradients(dy, dlogdet, x);
+  Output dx(x, call.batch_dims(), call.dims());
+  auto gradients = call.new_gradients();
+  if (call.empty()) {
+    if (dy) torch::stable::copy_(dx.result, *dy);
+    else torch::stable::zero_(dx.result);
+    torch::stable::zero_(gradients.widths.result);
+    if (gradients.heights)
+      torch::stable::zero_(gradients.heights->result), torch::stable::zero_(gradients.derivatives->result);
+  } else {
+    std::optional<Input> dy_view;
+    if (dy) dy_view.emplace(*dy, call.batch_dims(), call.dims());
+    if (dlogdet && !joint_stride(*dlogdet, 0, call.batch_dims())) dlogdet = torch::stable::contiguous(*dlogdet);
+    run(dy_view, dlogdet, dx, gradients);
+  }
+  const auto finish = [&](std::optional<Output>& o) { return o ? o->finish() : torch::stable::new_empty(x, {0}); };
+  return {dx.finish(), gradients.widths.finish(), finish(gradients.heights), finish(gradients.derivatives)};
+}
+
 }  // namespace pyflowgen

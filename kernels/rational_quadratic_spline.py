@@ -11,17 +11,22 @@ kernels read 2 K + 2 parameters, the two derivatives where they are wanted, and 
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
-from pyflowgen.kernels.elementary import at_least, divide, exp, log, log1p_unit, reciprocal, square_root
+from pyflowgen.kernels.elementary import at_least, divide, exp, log, log1p_unit, reciprocal, square_root, tanh
 from pyflowgen.kernels.spline import (
+    BOTTOM,
     EDGE,
     INVERSE_CLIP,
+    LEFT,
     LINEAR,
     MIN_DERIVATIVE,
     MIN_HEIGHT,
     MIN_WIDTH,
     MIXED,
+    RIGHT,
     SCALE,
     SEPARATE,
     Call,
@@ -38,7 +43,11 @@ from torch import Tensor
 # The operator's codes: csrc/formula/spline_convention.h.
 ZUKO = tl.constexpr(1)
 TORCHFLOWS = tl.constexpr(2)
+FREIA = tl.constexpr(3)
 CIRCULAR = tl.constexpr(2)
+AFFINE = tl.constexpr(4)
+# More places in NUMBERS.
+SHIFT_WIDTH, SHIFT_HEIGHT = tl.constexpr(10), tl.constexpr(11)
 
 
 # ------------------------------------------------------------------------------------------------------ parameters
@@ -59,6 +68,8 @@ def knot_derivative(u, NUMBERS: tl.constexpr, CONVENTION: tl.constexpr):
     else:
         if CONVENTION == TORCHFLOWS:
             u = u * 1e-3 + NUMBERS[EDGE]
+        elif CONVENTION == FREIA:
+            u += NUMBERS[EDGE]
         e = exp(-tl.abs(u))
         slope = divide(tl.where(u < 0, e, 1.0), 1.0 + e)
         if CONVENTION == TORCHFLOWS:
@@ -75,6 +86,8 @@ def derivative_at(k, circular, BINS: tl.constexpr, TAILS: tl.constexpr):
         return tl.where(k == BINS, 0, k)
     elif TAILS == MIXED:
         return tl.where((k > 0) & (k < BINS), k, tl.where(circular, 0, -1))
+    elif TAILS >= AFFINE:  # after what says where the interval is
+        return tl.where((k > 0) & (k < BINS), k + (1 if TAILS == AFFINE else 0), -1)
     else:
         return k
 
@@ -96,6 +109,80 @@ def logits(
     elif CONVENTION == TORCHFLOWS:
         b = b * 1e-3 + a
     return a, b, da, db
+
+
+# ------------------------------------------------------------------------------- freia: an interval of one's own
+@triton.jit
+def softplus_and_slope(u):
+    e = exp(-tl.abs(u))
+    return at_least(u, 0.0) + log1p_unit(e), divide(tl.where(u < 0, e, 1.0), 1.0 + e)
+
+
+@triton.jit
+def clamp_size(size, NUMBERS: tl.constexpr):
+    """What the clamp makes of a size, and the derivative of that."""
+    if NUMBERS[INVERSE_CLIP] > 0:
+        t = tanh(size * NUMBERS[INVERSE_CLIP])
+        return t * (1 / NUMBERS[INVERSE_CLIP]), 1.0 - t * t
+    else:
+        return size, size * 0.0 + 1.0
+
+
+@triton.jit
+def own_axis(u, begin, SHIFT: tl.constexpr, LEAST: tl.constexpr, NUMBERS: tl.constexpr, BINS: tl.constexpr):
+    """Of bins of sizes softplus(u + SHIFT) + LEAST: what stands for exponentials, the sizes' derivatives, the
+    interval's begin and size, by what the clamp multiplies all, and its derivative with respect to the sizes' sum."""
+    there = tl.arange(0, u.shape[1])[None, :] < BINS
+    size, slope = softplus_and_slope(u + SHIFT)
+    size = tl.where(there, size + LEAST, 0.0)
+    total = tl.sum(size, 1)
+    clamped, derivative = clamp_size(total, NUMBERS)
+    resize = divide(clamped, total)
+    growth = divide(derivative - resize, total)
+    return divide(size, tl.max(size, 1)[:, None]), slope, begin * resize, clamped, resize, growth
+
+
+@triton.jit
+def own_gradient(begin, size, resize, growth, offset, length, shift, of_bin, whole):
+    """Gradients of the sizes before the bin, of its own, of those beyond, and of the begin: own_gradient of
+    csrc/formula/rational_quadratic_spline.h."""
+    of_resize = divide(shift * (offset + begin) + (of_bin * length + whole * size), resize)
+    every = of_resize * growth + whole * resize
+    return shift * resize + every, of_bin * resize + every, every, shift * resize
+
+
+@triton.jit
+def intervals(
+    a, b, used, d, at_d, step_d, bound, NUMBERS: tl.constexpr, BINS: tl.constexpr, CONVENTION: tl.constexpr,
+    TAILS: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """(exponentials; where the interval begins and ends; own_axis' last two), along x and along y; the sizes'
+    derivatives; the tails' slope. Of resized ones the derivative of the interval's size is in the last two's place."""
+    if TAILS == AFFINE:
+        bottom = tl.load(d + at_d, mask=used, other=0.0).to(dtype) + NUMBERS[BOTTOM]
+        left = tl.load(d + (at_d + step_d), mask=used, other=0.0).to(dtype) + NUMBERS[LEFT]
+        e_x, da, begin_x, size_x, resize_x, growth_x = own_axis(
+            a, left, NUMBERS[SHIFT_WIDTH], NUMBERS[MIN_WIDTH], NUMBERS, BINS
+        )
+        e_y, db, begin_y, size_y, resize_y, growth_y = own_axis(
+            b, bottom, NUMBERS[SHIFT_HEIGHT], NUMBERS[MIN_HEIGHT], NUMBERS, BINS
+        )
+        slope = divide(size_y, size_x)
+        along_x = e_x, begin_x, begin_x + size_x, resize_x, growth_x
+        return along_x, (e_y, begin_y, begin_y + size_y, resize_y, growth_y), da, db, slope
+    elif CONVENTION == FREIA:
+        u = tl.load(d + at_d, mask=used, other=0.0).to(dtype)
+        share, derivative = softplus_and_slope(u + 0.54132485461291806)  # log(e - 1)
+        default: tl.constexpr = NUMBERS[RIGHT] - NUMBERS[LEFT]
+        size, growth = clamp_size(share * default, NUMBERS)
+        growth *= derivative * default
+        half = 0.5 * size
+        along_x = exponentials(a, BINS), -half, half, growth, growth
+        return along_x, (exponentials(b, BINS), -half, half, growth, growth), a, b, half * 0.0 + 1.0
+    else:
+        x_low, x_high, y_low, y_high = interval(bound, NUMBERS)
+        along_x = exponentials(a, BINS), x_low, x_high, x_low, x_low
+        return along_x, (exponentials(b, BINS), y_low, y_high, y_low, y_low), a, b, x_low
 
 
 # --------------------------------------------------------------------------------------------------------- one bin
@@ -182,9 +269,12 @@ def rational_quadratic_backward(dy, dlogdet, v, x0, x1, y0, y1, d0, d1, INVERSE:
 
 # -------------------------------------------------------------------------------------------------- a block of elements
 @triton.jit
-def load_derivative(d, at_d, step, index, used, NUMBERS: tl.constexpr, CONVENTION: tl.constexpr, dtype: tl.constexpr):
-    u = tl.load(d + (at_d + index * step), mask=used & (index >= 0), other=0.0).to(dtype)
-    return knot_derivative(tl.where(index < 0, NUMBERS[EDGE], u), NUMBERS, CONVENTION)
+def load_derivative(
+    d, at_d, step, index, used, outer, NUMBERS: tl.constexpr, CONVENTION: tl.constexpr, TAILS: tl.constexpr
+):
+    u = tl.load(d + (at_d + index * step), mask=used & (index >= 0), other=0.0).to(outer.dtype)
+    value, slope = knot_derivative(tl.where(index < 0, NUMBERS[EDGE], u), NUMBERS, CONVENTION)
+    return (tl.where(index < 0, outer, value), slope) if TAILS >= AFFINE else (value, slope)
 
 
 @triton.jit
@@ -193,23 +283,31 @@ def spline(
     CONVENTION: tl.constexpr, TAILS: tl.constexpr, INVERSE: tl.constexpr,
 ):  # fmt: skip
     """y and the log-derivative of the forward map; an element's parameters begin at w, h, d + places, `steps` apart."""
-    x_low, x_high, y_low, y_high = interval(bound, NUMBERS)
+    LEAST_X: tl.constexpr = 0.0 if TAILS >= AFFINE else NUMBERS[MIN_WIDTH]
+    LEAST_Y: tl.constexpr = 0.0 if TAILS >= AFFINE else NUMBERS[MIN_HEIGHT]
+    a, b, _, _ = logits(w, h, places[0], places[1], steps, used, NUMBERS, BINS, SIZE, CONVENTION, v.dtype)
+    (e_x, x_low, x_high, _, _), (e_y, y_low, y_high, _, _), _, _, slope = intervals(
+        a, b, used, d, places[2], steps[2], bound, NUMBERS, BINS, CONVENTION, TAILS, v.dtype
+    )
     low, high = (y_low, y_high) if INVERSE else (x_low, x_high)
     inside, x = within(v, low, high)
-    a, b, _, _ = logits(w, h, places[0], places[1], steps, used, NUMBERS, BINS, SIZE, CONVENTION, v.dtype)
-    counts_x, total_x, half_x = shares(exponentials(a, BINS), x_high - x_low, NUMBERS[MIN_WIDTH], BINS)
-    counts_y, total_y, half_y = shares(exponentials(b, BINS), y_high - y_low, NUMBERS[MIN_HEIGHT], BINS)
+    counts_x, total_x, half_x = shares(e_x, x_high - x_low, LEAST_X, BINS)
+    counts_y, total_y, half_y = shares(e_y, y_high - y_low, LEAST_Y, BINS)
     number, (_, _, x0, x1), (_, _, y0, y1) = locate(
-        x, counts_x, total_x, half_x, x_low, x_high, counts_y, total_y, half_y, y_low, y_high, NUMBERS[MIN_WIDTH],
-        NUMBERS[MIN_HEIGHT], BINS, INVERSE,
+        x, counts_x, total_x, half_x, x_low, x_high, counts_y, total_y, half_y, y_low, y_high, LEAST_X, LEAST_Y, BINS,
+        INVERSE,
     )  # fmt: skip
     first = derivative_at(number, circular, BINS, TAILS)
     second = derivative_at(number + 1, circular, BINS, TAILS)
-    d0, _ = load_derivative(d, places[2], steps[2], first, used, NUMBERS, CONVENTION, v.dtype)
-    d1, _ = load_derivative(d, places[2], steps[2], second, used, NUMBERS, CONVENTION, v.dtype)
+    d0, _ = load_derivative(d, places[2], steps[2], first, used, slope, NUMBERS, CONVENTION, TAILS)
+    d1, _ = load_derivative(d, places[2], steps[2], second, used, slope, NUMBERS, CONVENTION, TAILS)
     y, log_slope = rational_quadratic(x, x0, x1, y0, y1, d0, d1, INVERSE)
     if TAILS == 0:
         return tl.where(inside, y, float("nan")), tl.where(inside, log_slope, float("nan"))
+    elif TAILS == AFFINE:
+        x_end, y_end = tl.where(v > high, x_high, x_low), tl.where(v > high, y_high, y_low)
+        line = x_end + divide(v - y_end, slope) if INVERSE else y_end + (v - x_end) * slope
+        return tl.where(inside, y, line), tl.where(inside, log_slope, log(slope))
     else:
         return tl.where(inside, y, v), tl.where(inside, log_slope, 0.0)
 
@@ -217,12 +315,13 @@ def spline(
 @triton.jit
 def softmax_backward(e, counts_before, counts_own, total, number, shift, size, range, LEAST: tl.constexpr,
                      BINS: tl.constexpr, NUMBERS: tl.constexpr):  # fmt: skip
-    """Gradients of an axis' logits from those of every bin before bin `number`, `shift`, and of its own, `size`."""
+    """Gradients of an axis' logits from those of every bin before bin `number`, `shift`, and of its own, `size`; and
+    the bins' mean gradient."""
     dtype: tl.constexpr = e.dtype
     share = reciprocal(total.to(dtype))
     mean = (shift * counts_before.to(dtype) + size * counts_own.to(dtype)) * share
     factor = share * range * (unit(e) * (1 - LEAST * BINS) * NUMBERS[SCALE])
-    return e * (of_bins(number, shift, size, e.shape[1]) - mean[:, None]) * factor[:, None]
+    return e * (of_bins(number, shift, size, e.shape[1]) - mean[:, None]) * factor[:, None], mean
 
 
 @triton.jit
@@ -233,52 +332,95 @@ def spline_backward(
 ):  # fmt: skip
     """Stores the gradients of all `used` elements' parameters, zero where not `on`; returns that of v."""
     storage: tl.constexpr = dw.dtype.element_ty
-    x_low, x_high, y_low, y_high = interval(bound, NUMBERS)
+    LEAST_X: tl.constexpr = 0.0 if TAILS >= AFFINE else NUMBERS[MIN_WIDTH]
+    LEAST_Y: tl.constexpr = 0.0 if TAILS >= AFFINE else NUMBERS[MIN_HEIGHT]
+    a, b, da, db = logits(w, h, places[0], places[1], steps, used, NUMBERS, BINS, SIZE, CONVENTION, v.dtype)
+    along_x, along_y, size_a, size_b, slope = intervals(
+        a, b, used, d, places[2], steps[2], bound, NUMBERS, BINS, CONVENTION, TAILS, v.dtype
+    )
+    e_x, x_low, x_high, resize_x, growth_x = along_x
+    e_y, y_low, y_high, resize_y, growth_y = along_y
     low, high = (y_low, y_high) if INVERSE else (x_low, x_high)
     inside, x = within(v, low, high)
-    a, b, da, db = logits(w, h, places[0], places[1], steps, used, NUMBERS, BINS, SIZE, CONVENTION, v.dtype)
-    e_x = exponentials(a, BINS)
-    e_y = exponentials(b, BINS)
-    counts_x, total_x, half_x = shares(e_x, x_high - x_low, NUMBERS[MIN_WIDTH], BINS)
-    counts_y, total_y, half_y = shares(e_y, y_high - y_low, NUMBERS[MIN_HEIGHT], BINS)
+    counts_x, total_x, half_x = shares(e_x, x_high - x_low, LEAST_X, BINS)
+    counts_y, total_y, half_y = shares(e_y, y_high - y_low, LEAST_Y, BINS)
     number, (before_x, own_x, x0, x1), (before_y, own_y, y0, y1) = locate(
-        x, counts_x, total_x, half_x, x_low, x_high, counts_y, total_y, half_y, y_low, y_high, NUMBERS[MIN_WIDTH],
-        NUMBERS[MIN_HEIGHT], BINS, INVERSE,
+        x, counts_x, total_x, half_x, x_low, x_high, counts_y, total_y, half_y, y_low, y_high, LEAST_X, LEAST_Y, BINS,
+        INVERSE,
     )  # fmt: skip
     first = derivative_at(number, circular, BINS, TAILS)
     second = derivative_at(number + 1, circular, BINS, TAILS)
-    d0, slope0 = load_derivative(d, places[2], steps[2], first, used, NUMBERS, CONVENTION, v.dtype)
-    d1, slope1 = load_derivative(d, places[2], steps[2], second, used, NUMBERS, CONVENTION, v.dtype)
+    d0, slope0 = load_derivative(d, places[2], steps[2], first, used, slope, NUMBERS, CONVENTION, TAILS)
+    d1, slope1 = load_derivative(d, places[2], steps[2], second, used, slope, NUMBERS, CONVENTION, TAILS)
     dv, shift_x, width, shift_y, height, dd0, dd1 = rational_quadratic_backward(
         dy, dlogdet, x, x0, x1, y0, y1, d0, d1, INVERSE
     )
-    gradient_x = softmax_backward(
-        e_x, before_x, own_x, total_x, number, shift_x, width, x_high - x_low, NUMBERS[MIN_WIDTH], BINS, NUMBERS
-    )
-    gradient_y = softmax_backward(
-        e_y, before_y, own_y, total_y, number, shift_y, height, y_high - y_low, NUMBERS[MIN_HEIGHT], BINS, NUMBERS
-    )
+    real = on & inside
+    outside = 0.0 if TAILS == 0 else dy
+    j = tl.arange(0, SIZE)[None, :]
+    if TAILS == AFFINE:
+        above = v > high
+        beyond = tl.where(on, v - tl.where(above, high, low), 0.0)
+        if INVERSE:
+            outside = divide(dy, slope)
+            tail_x, tail_y = dy, -outside
+            tail_slope = -divide(outside * beyond + dlogdet, slope)
+        else:
+            outside = dy * slope
+            tail_x, tail_y = -outside, dy
+            tail_slope = dy * beyond + divide(dlogdet, slope)
+        of_outer = tl.where(number == 0, dd0, 0.0) + tl.where(number == BINS - 1, dd1, 0.0)
+        size_x, size_y = x_high - x_low, y_high - y_low
+        of_slope = divide(tl.where(inside, of_outer, tail_slope), size_x)
+        shift_x, shift_y = tl.where(inside, shift_x, tail_x), tl.where(inside, shift_y, tail_y)
+        width, height = tl.where(inside, width, 0.0), tl.where(inside, height, 0.0)
+        offset_x = tl.where(inside, x0 - x_low, tl.where(above, size_x, 0.0))
+        offset_y = tl.where(inside, y0 - y_low, tl.where(above, size_y, 0.0))
+        number = tl.where(inside, number, tl.where(above, BINS, -1))
+        before, at, after, of_left = own_gradient(
+            x_low, size_x, resize_x, growth_x, offset_x, x1 - x0, shift_x, width, -of_slope * slope
+        )
+        gradient_x = size_a * tl.where(j > number[:, None], after[:, None], of_bins(number, before, at, SIZE))
+        before, at, after, of_bottom = own_gradient(
+            y_low, size_y, resize_y, growth_y, offset_y, y1 - y0, shift_y, height, of_slope
+        )
+        gradient_y = size_b * tl.where(j > number[:, None], after[:, None], of_bins(number, before, at, SIZE))
+        kept = on
+    else:
+        gradient_x, mean_x = softmax_backward(
+            e_x, before_x, own_x, total_x, number, shift_x, width, x_high - x_low, LEAST_X, BINS, NUMBERS
+        )
+        gradient_y, mean_y = softmax_backward(
+            e_y, before_y, own_y, total_y, number, shift_y, height, y_high - y_low, LEAST_Y, BINS, NUMBERS
+        )
+        kept = real
     if CONVENTION == ZUKO:
         gradient_x *= da
         gradient_y *= db
     elif CONVENTION == TORCHFLOWS:
         gradient_x += gradient_y
         gradient_y *= 1e-3
-    j = tl.arange(0, SIZE)[None, :]
     there = used[:, None] & (j < BINS)
-    real = (on & inside)[:, None]
-    tl.store(dw + (dplaces[0][:, None] + j * dsteps[0]), tl.where(real, gradient_x, 0.0).to(storage), mask=there)
-    tl.store(dh + (dplaces[1][:, None] + j * dsteps[1]), tl.where(real, gradient_y, 0.0).to(storage), mask=there)
-    count: tl.constexpr = BINS - 1 if TAILS == LINEAR else BINS if TAILS == CIRCULAR else BINS + 1
+    gradient_x, gradient_y = tl.where(kept[:, None], gradient_x, 0.0), tl.where(kept[:, None], gradient_y, 0.0)
+    tl.store(dw + (dplaces[0][:, None] + j * dsteps[0]), gradient_x.to(storage), mask=there)
+    tl.store(dh + (dplaces[1][:, None] + j * dsteps[1]), gradient_y.to(storage), mask=there)
+    count: tl.constexpr = BINS - 1 if TAILS == LINEAR else BINS if TAILS == CIRCULAR or TAILS > AFFINE else BINS + 1
     # Of the knots 0 to K - 1, and of knot K, where it has a parameter of its own, by itself.
     of_knots = tl.where(j == first[:, None], (dd0 * slope0)[:, None], 0.0)
     of_knots += tl.where(j == second[:, None], (dd1 * slope1)[:, None], 0.0)
+    of_knots = tl.where(real[:, None], of_knots, 0.0)
+    if TAILS == AFFINE:
+        ends = tl.where(j == 0, of_bottom[:, None], tl.where(j == 1, of_left[:, None], 0.0))
+        of_knots += tl.where(on[:, None], ends, 0.0)
+    elif CONVENTION == FREIA:
+        of_size = (mean_x + mean_y - 0.5 * (shift_x + shift_y)) * growth_x
+        of_knots += tl.where(real[:, None] & (j == 0), of_size[:, None], 0.0)
     there = used[:, None] & (j < (BINS if count > BINS else count))
-    tl.store(dd + (dplaces[2][:, None] + j * dsteps[2]), tl.where(real, of_knots, 0.0).to(storage), mask=there)
+    tl.store(dd + (dplaces[2][:, None] + j * dsteps[2]), of_knots.to(storage), mask=there)
     if count > BINS:
-        last = tl.where(on & inside & (second == BINS), dd1 * slope1, 0.0)
+        last = tl.where(second == BINS, dd1 * slope1, 0.0) + tl.where(first == BINS, dd0 * slope0, 0.0)
+        last = tl.where(real, last, 0.0)
         tl.store(dd + (dplaces[2] + BINS * dsteps[2]), last.to(storage), mask=used)
-    outside = 0.0 if TAILS == 0 else dy
     return tl.where(inside, dv, outside)
 
 
@@ -288,21 +430,26 @@ def _call(
     circular: Tensor | None, mask: Tensor | None, bins: int, layout: int, start: int, step: int, convention: int,
     tails: int, numbers: tuple[float, ...], inverse: bool, event_dim: int,
 ) -> Call:  # fmt: skip
-    if not (0 <= convention <= 2 and 0 <= tails <= 3):
+    if not (0 <= convention <= 3 and 0 <= tails <= 5 and (convention == 3) == (tails > 3)):
         raise ValueError(f"rational_quadratic_spline: {convention=}, {tails=} are out of range")
     if not (heights is None) == (derivatives is None) == (layout != SEPARATE):
         raise ValueError(
             "rational_quadratic_spline: heights and derivatives come with separate parameters, and only then"
         )
-    each = 3 * bins + (1, -1, 0, 1)[tails]
+    each = 3 * bins + (1, -1, 0, 1, 1, 0)[tails]
     given = {
         "widths": (widths, bins if layout == SEPARATE else each), "heights": (heights, bins),
         "derivatives": (derivatives, each - 2 * bins),
     }  # fmt: skip
-    return Call(
+    call = Call(
         "rational_quadratic_spline", x, given, each, bound, circular, mask, bins, layout, start, step, convention,
         tails, numbers, inverse, event_dim,
     )  # fmt: skip
+    if tails == AFFINE.value:  # what softplus gives a bin's default size, less the least, for
+        left, right, bottom, top, *least = numbers
+        default = (right - left) / bins - least[0], (top - bottom) / bins - least[1]
+        call.options["NUMBERS"] += tuple(v + math.log(-math.expm1(-v)) for v in default)
+    return call
 
 
 def rational_quadratic_spline(

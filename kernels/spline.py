@@ -299,7 +299,7 @@ class Call:
         if not 0 <= event_dim <= x.dim():
             self.fail(f"event_dim is {event_dim}, expected 0 to x's {x.dim()} dimensions")
         if not (
-            0 <= layout <= CHANNELS and 0 <= tails <= 3 and start >= 0 and step >= 1 and 2 <= bins <= LARGEST
+            0 <= layout <= CHANNELS and 0 <= tails <= 5 and start >= 0 and step >= 1 and 2 <= bins <= LARGEST
         ):  # fmt: skip
             self.fail(f"{layout=}, {tails=}, {start=}, {step=}, {bins=} are out of range")
         dims, dim = x.dim(), x.dim() - event_dim

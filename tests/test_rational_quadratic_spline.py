@@ -8,13 +8,21 @@ import math
 import pytest
 import torch
 from check_op import Op, Sample, op_tests
-from torch import Tensor
+from torch import Tensor, nn
 
 import pyflowgen
 from pyflowgen import rational_quadratic_spline, rational_quadratic_spline_reference
 from pyflowgen.ops import rational_quadratic_spline as module
 
-CONVENTIONS = ("nflows", "zuko", "torchflows")
+CONVENTIONS = ("nflows", "zuko", "torchflows", "freia")
+# A convention, its tails, and how many parameters more than three for each bin.
+KINDS = [
+    *itertools.product(CONVENTIONS[:3], ("linear", "circular")), ("freia", "linear"), ("freia", "affine"),
+]  # fmt: skip
+COUNTS = {
+    (convention, tails): pyflowgen.SplineCoupling.params_per_element(0, tails, convention)
+    for convention, tails in KINDS
+}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -34,12 +42,22 @@ def split(params: Tensor, bins: int) -> tuple[Tensor, ...]:
 def samples() -> list[Sample]:
     result = []
     add = lambda name, *tensors, **options: result.append(Sample(name, tensors, options))  # noqa: E731
-    for convention, tails, inverse in itertools.product(CONVENTIONS, ("linear", "circular"), (False, True)):
+    for (convention, tails), inverse in itertools.product(KINDS, (False, True)):
         options = dict(convention=convention, tails=tails, inverse=inverse)
-        name, more = f"{convention}-{tails}-{'inverse' if inverse else 'forward'}", -1 if tails == "linear" else 0
+        name, more = f"{convention}-{tails}-{'inverse' if inverse else 'forward'}", COUNTS[convention, tails]
         add(f"{name}-8", 1.5 * normal(9, 21), normal(9, 21, 24 + more), layout="last", **options)
         if convention == "nflows":
             add(f"{name}-5", 1.5 * normal(9, 21), normal(9, 21, 15 + more), layout="last", bound=2.0, **options)
+        if convention == "freia":
+            options |= dict(layout="last", domain_clamp=2.5, min_derivative=0.05)
+            more += 15
+            bound = (-1.0, 2.0) if tails == "linear" else (-1.0, 2.0, 0.0, 1.5)
+            add(f"{name}-clamp", 1.5 * normal(9, 21), normal(9, 21, more), bound=bound, **options)
+            add(f"{name}-mask", 2 * normal(5, 17), normal(5, 17, more), mask=torch.arange(17) % 3 > 0, **options)
+            separate = split(normal(9, 5, more), 5)
+            add(f"{name}-separate", 2 * normal(9, 5), *separate, **{**options, "layout": None})
+            options |= dict(layout="channels", event_dim=3, part=(1, 1), bins=5)
+            add(f"{name}-image", 2 * normal(9, 3, 4, 6), normal(9, 2 * more, 4, 6), **options)
     for inverse in (False, True):
         name, x = "inverse" if inverse else "forward", torch.rand(9, 21, dtype=torch.float64) * 0.9 + 0.04
         add(f"no-tails-{name}", x, normal(9, 21, 13), layout="last", tails=None, bound=(0.0, 1.0), inverse=inverse)
@@ -71,8 +89,13 @@ def samples() -> list[Sample]:
             bins=4,
             inverse=inverse,
         )
-    for bins in (2, 3, 16, 17, 64):
+    for bins in (2, 3, 4, 10, 16, 17, 32, 64):
         add(f"{bins}-bins", 2 * normal(17, 3), normal(17, 3, 3 * bins - 1), layout="last")
+    for bins, least in ((8, 0.1), (10, 1e-3), (16, 0.03), (32, 0.0155)):
+        least = dict(min_bin_width=least, min_bin_height=least / 2)
+        add(
+            f"{bins}-bins-inverse", 2 * normal(37, 3), normal(37, 3, 3 * bins - 1), layout="last", inverse=True, **least
+        )
     add("minima-and-scale", 2 * normal(9, 7), 3 * normal(9, 7, 23), layout="last", min_bin_width=0.02, min_bin_height=0.05,
         min_derivative=0.1, scale=0.3)  # fmt: skip
     add("elementwise", 2 * normal(4, 3, 7), normal(4, 3, 7, 23), layout="last", event_dim=0)
@@ -116,8 +139,8 @@ def samples() -> list[Sample]:
 
 def small() -> list[Sample]:
     result = []
-    for convention, tails, inverse in itertools.product(CONVENTIONS, ("linear", "circular"), (False, True)):
-        params = normal(3, 2, 11 + (tails == "circular"))
+    for (convention, tails), inverse in itertools.product(KINDS, (False, True)):
+        params = normal(3, 2, 12 + COUNTS[convention, tails])
         options = dict(layout="last", convention=convention, tails=tails, inverse=inverse)
         result.append(Sample(f"{convention}-{tails}-{inverse}", (2 * normal(3, 2), params), options))
     options = dict(layout="last", tails=None, bound=(0.0, 1.0), inverse=True)
@@ -133,7 +156,7 @@ def small() -> list[Sample]:
 
 DEFAULTS = dict(
     bound=3.0, tails="linear", inverse=False, min_bin_width=None, min_bin_height=None, min_derivative=None,
-    convention="nflows", scale=1.0, event_dim=1, layout=None, bins=None, part=None, mask=None,
+    convention="nflows", scale=1.0, domain_clamp=None, event_dim=1, layout=None, bins=None, part=None, mask=None,
 )  # fmt: skip
 
 
@@ -144,7 +167,7 @@ def operator(sample: Sample):
 
 
 spline = rational_quadratic_spline
-X, P = torch.zeros(4, 6), torch.zeros(4, 6, 23)
+X, P, F = torch.zeros(4, 6), torch.zeros(4, 6, 23), torch.zeros(4, 6, 24)
 W, D = torch.zeros(4, 6, 8), torch.zeros(4, 6, 7)
 BAD = [
     ("packed shape", lambda: spline(X, P[:3], layout="last"), ValueError, r"widths has shape \(3, 6, 23\), expected \(4, 6, 23\)"),
@@ -165,7 +188,16 @@ BAD = [
     ("layout", lambda: spline(X, P, layout="first"), ValueError, "layout must be one of"),
     ("tails", lambda: spline(X, P, layout="last", tails="cubic"), ValueError, "tails must be 'linear'"),
     ("bound", lambda: spline(X, P, layout="last", bound=-1.0), ValueError, "bound must be positive"),
-    ("bounds of x and y", lambda: spline(X, P, layout="last", bound=(0.0, 1.0, 0.0, 2.0)), ValueError, "only for tails=None"),
+    ("bounds of x and y", lambda: spline(X, P, layout="last", bound=(0.0, 1.0, 0.0, 2.0)), ValueError, "only for tails None"),
+    ("affine tails", lambda: spline(X, P, layout="last", tails="affine"), ValueError, "no other has 'affine' ones"),
+    ("circular freia", lambda: spline(X, P, layout="last", tails="circular", convention="freia"), ValueError, "'freia' has 'linear' or 'affine' tails"),
+    ("scale of freia", lambda: spline(X, F, layout="last", scale=2.0, convention="freia"), ValueError, "and scale=1"),
+    ("bounds of freia", lambda: spline(X, F, layout="last", bound=torch.ones(6), convention="freia"), ValueError, "numbers for a bound"),
+    ("minima of freia", lambda: spline(X, F, layout="last", min_bin_width=0.1, convention="freia"), ValueError, "are for tails='affine'"),
+    ("length of freia", lambda: spline(X, P, layout="last", convention="freia"), ValueError, "expected 3 K parameters"),
+    ("min_bin_height of freia", lambda: spline(X, torch.zeros(4, 6, 25), layout="last", tails="affine", bound=(0.0, 8.0, 0.0, 0.8), convention="freia"), ValueError, "min_bin_height is 0.1, too large for 8 bins"),
+    ("domain_clamp", lambda: spline(X, F, layout="last", domain_clamp=-1.0, convention="freia"), ValueError, "domain_clamp must be positive"),
+    ("domain_clamp of nflows", lambda: spline(X, P, layout="last", domain_clamp=1.0), ValueError, "is for convention='freia'"),
     ("tensor of bounds", lambda: spline(X, P, layout="last", bound=torch.ones(5)), ValueError, r"bound has shape \(5,\), expected \(6,\)"),
     ("mixed tails", lambda: spline(X, torch.zeros(4, 6, 25), layout="last", tails=("linear",)), ValueError, "tails has 1 entries"),
     ("outside", lambda: spline(X + 4, torch.zeros(4, 6, 25), layout="last", tails=None), ValueError, "x has 24 elements outside"),
@@ -292,11 +324,115 @@ def test_equals_torchflows() -> None:
     same(rational_quadratic_spline(x, params, inverse=True, **options), spline.inverse(x, params))
 
 
+def freia(x: Tensor, u: Tensor, bins: int, inverse: bool, tails: str, domain: tuple[float, ...], least: tuple[float, float],
+          clamp: float | None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y and log dy/dx of FrEIA's spline by its definition, an element at a time: knots added up, then the bin."""
+    log1p_exp = torch.nn.functional.softplus
+    raw = lambda value: math.log(math.exp(value) - 1)  # noqa: E731
+    squash = lambda s: s if clamp is None else clamp * torch.tanh(s / clamp)  # noqa: E731
+    results = []
+    for point, p in zip(x.flatten(), u.flatten(0, -2), strict=True):
+        w, h, rest = p[:bins], p[bins : 2 * bins], p[2 * bins :]
+        if tails == "linear":  # identity_tails
+            whole = squash((domain[1] - domain[0]) * log1p_exp(rest[0] + raw(1.0)))
+            sizes, begins, rest = (
+                [whole * w.exp() / w.exp().sum(), whole * h.exp() / h.exp().sum()],
+                [-whole / 2] * 2,
+                rest[1:],
+            )
+        else:
+            sizes, begins = [], []
+            for v, begin, end, small, shift in (
+                (w, domain[0], domain[1], least[0], rest[1]), (h, domain[2], domain[3], least[1], rest[0]),
+            ):  # fmt: skip
+                size = small + log1p_exp(v + raw((end - begin) / bins - small))
+                factor = squash(size.sum()) / size.sum()
+                sizes.append(size * factor), begins.append((begin + shift) * factor)
+            rest = rest[2:]
+        slope = sizes[1].sum() / sizes[0].sum()
+        d = [slope, *log1p_exp(rest + raw(1.0)), slope]
+        knots = [[begin + size[:k].sum() for k in range(bins + 1)] for begin, size in zip(begins, sizes, strict=True)]
+        here, there = (1, 0) if inverse else (0, 1)
+        sign = -1 if inverse else 1
+        if not knots[here][0] < point <= knots[here][-1]:
+            on = (point - begins[here]) * slope**sign + begins[there]
+            results.append((on, sign * slope.log()))
+            continue
+        k = next(k for k in range(bins) if point <= knots[here][k + 1])
+        s = sizes[1][k] / sizes[0][k]
+
+        def curve(t: Tensor, k: int = k, s: Tensor = s, d: list[Tensor] = d) -> Tensor:
+            return (s * t * t + d[k] * t * (1 - t)) / (s + (d[k] + d[k + 1] - 2 * s) * t * (1 - t))
+
+        t = (point - knots[here][k]) / sizes[here][k]
+        if inverse:  # by halving, then one step of Newton, for the gradient
+            low, high, target = torch.zeros(()).double(), torch.ones(()).double(), t.detach()
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if curve(middle) < target else (low, middle)
+            start = low.clone().requires_grad_()
+            (rate,) = torch.autograd.grad(curve(start), start)
+            t = low + (t - curve(low)) / rate.detach()
+        mix = d[k + 1] * t * t + 2 * s * t * (1 - t) + d[k] * (1 - t) ** 2
+        log_slope = (s**2 * mix).log() - 2 * (s + (d[k] + d[k + 1] - 2 * s) * t * (1 - t)).log()
+        results.append((knots[there][k] + sizes[there][k] * (t if inverse else curve(t)), sign * log_slope))
+    y, l = (torch.stack(r).view(x.shape) for r in zip(*results, strict=True))  # noqa: E741
+    return y, l
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails, domain, least, clamp", [
+    ("linear", (-3.0, 3.0, -3.0, 3.0), None, None), ("linear", (-1.0, 2.0, -1.0, 2.0), None, 2.5),
+    ("affine", (-3.0, 3.0, -3.0, 3.0), None, None), ("affine", (-1.0, 2.0, 0.0, 4.0), (0.2, 0.05), 2.5),
+])  # fmt: skip
+def test_equals_the_definition_of_freia(
+    tails: str, domain: tuple[float, ...], least: tuple[float, float] | None, clamp: float | None, inverse: bool
+) -> None:
+    bins = 4
+    leaves = [4 * normal(6, 9), normal(6, 9, 3 * bins + (1 if tails == "affine" else 0))]
+    minima = {} if least is None else dict(min_bin_width=least[0], min_bin_height=least[1])
+    options = dict(tails=tails, bound=domain, domain_clamp=clamp, inverse=inverse, convention="freia", **minima)
+    found = []
+    for function in (
+        lambda x, u: freia(x, u, bins, inverse, tails, domain, least or (0.1, 0.1), clamp),
+        lambda x, u: rational_quadratic_spline(x, u, layout="last", event_dim=0, **options),
+        lambda x, u: rational_quadratic_spline_reference(x, u, layout="last", event_dim=0, **options),
+    ):
+        inputs = [t.clone().requires_grad_() for t in leaves]
+        y, logdet = function(*inputs)
+        weights = normal(6, 9, seed=1), normal(6, 9, seed=2)
+        grads = torch.autograd.grad((y * weights[0] + logdet * weights[1]).sum(), inputs)
+        found.append((y, logdet, *grads))
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("tails", ["linear", "affine"])
+@pytest.mark.parametrize("shape", [(7, 5), (2, 5, 3, 3)])
+def test_equals_freia_coupling(tails: str, shape: tuple[int, ...]) -> None:
+    """FrEIA's block, two couplings, where the installed FrEIA has it."""
+    layers = pytest.importorskip("FrEIA.modules")
+    if not hasattr(layers, "RationalQuadraticSpline"):
+        pytest.skip("this FrEIA has no splines: they came after 0.2")
+    torch.manual_seed(0)
+    net = nn.Linear if len(shape) == 2 else (lambda n_in, n_out: nn.Conv2d(n_in, n_out, 1))
+    peer = layers.RationalQuadraticSpline(
+        [shape[1:]], subnet_constructor=net, bins=6, identity_tails=tails == "linear"
+    ).double()
+    options = dict(bins=6, convention="freia", tails=tails, event_dim=len(shape) - 1)
+    nets = (peer.subnet1, True), (peer.subnet2, False)
+    ours = pyflowgen.Chain(*(pyflowgen.SplineCoupling(net, swap=swap, **options) for net, swap in nets))
+    x = 2 * normal(*shape)
+    for rev, call in ((False, ours), (True, ours.inverse)):
+        (y,), logdet = peer((x,), rev=rev)
+        torch.testing.assert_close(call(x), (y, logdet), rtol=1e-6, atol=1e-6)  # its constants are float32
+
+
 # ------------------------------------------------------------------------------------------------------------- edges
-@pytest.mark.parametrize("convention", CONVENTIONS)
-def test_logdet_is_that_of_the_jacobian(convention: str) -> None:
-    x, params = 2 * normal(6), 2 * normal(3 * 14)
-    options = dict(layout="channels", part=(1, 2), convention=convention, bins=5)
+@pytest.mark.parametrize("convention, tails", [(c, "linear") for c in CONVENTIONS] + [("freia", "affine")])
+def test_logdet_is_that_of_the_jacobian(convention: str, tails: str) -> None:
+    x, params = 2 * normal(6), 2 * normal(3 * (15 + COUNTS[convention, tails]))
+    options = dict(layout="channels", part=(1, 2), convention=convention, tails=tails, bins=5)
     for inverse in (False, True):
         call = lambda x, inverse=inverse: rational_quadratic_spline(x, params, inverse=inverse, **options)  # noqa: E731
         jacobian = torch.autograd.functional.jacobian(lambda x, call=call: call(x)[0], x)
@@ -317,16 +453,18 @@ def hard(elements: int, bins: int, dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("path", ["kernel", "reference"])
-@pytest.mark.parametrize("bins", [4, 8, 32])
-def test_round_trip_errs_at_most_twice_what_rounding_y_costs(bins: int, path: str) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.4])  # of the interval, by the bins' least sizes
+@pytest.mark.parametrize("bins", [4, 5, 8, 10, 16, 32])
+def test_round_trip_errs_at_most_twice_what_rounding_y_costs(bins: int, share: float, path: str) -> None:
     """float32: x from y against the x that the exact inverse gives of the exact y rounded to float32."""
     function = rational_quadratic_spline if path == "kernel" else rational_quadratic_spline_reference
-    n, options = 20000, dict(layout="last", event_dim=0)
+    least = share / bins or 1e-3
+    n, options = 20000, dict(layout="last", event_dim=0, min_bin_width=least, min_bin_height=least)
     params = hard(n, bins, torch.float32)
     x = 6 * torch.rand(n, generator=torch.Generator().manual_seed(0)) - 3
     exact = params.double()
     # a third of them on knots, to float32
-    w = 1e-3 + (1 - 1e-3 * bins) * torch.softmax(exact[:, :bins], -1)
+    w = least + (1 - least * bins) * torch.softmax(exact[:, :bins], -1)
     knots = (6 * w.cumsum(-1) - 3)[:, bins // 2].float()
     x[::3] = knots[::3]
     y, _ = function(x, params, **options)
@@ -342,7 +480,7 @@ def test_round_trip_errs_at_most_twice_what_rounding_y_costs(bins: int, path: st
         assert mine[mask].square().mean() <= 4 * least[mask].square().mean()
 
 
-@pytest.mark.parametrize("bins", [5, 8])
+@pytest.mark.parametrize("bins", [5, 8, 16])
 @pytest.mark.parametrize("convention", ["nflows", "torchflows"])
 def test_parameters_that_are_not_finite_or_huge(convention: str, bins: int) -> None:
     """NaN where the reference gives NaN, in no other element, and a softmax right for logits far apart."""
@@ -352,8 +490,30 @@ def test_parameters_that_are_not_finite_or_huge(convention: str, bins: int) -> N
     x = torch.linspace(-2.9, 2.9, 16)
     for inverse in (False, True):
         options = dict(layout="last", convention=convention, event_dim=0, inverse=inverse)
-        got = rational_quadratic_spline(x, params, **options)
-        want = rational_quadratic_spline_reference(x.double(), params.double(), **options)
-        assert want[0].isnan().sum() >= 4
-        for a, b in zip(got, want, strict=True):
+        found = []
+        kernel, reference = rational_quadratic_spline, rational_quadratic_spline_reference
+        for function, dtype in ((kernel, torch.float32), (reference, torch.float64)):
+            inputs = x.to(dtype).requires_grad_(), params.to(dtype).requires_grad_()
+            values = function(*inputs, **options)
+            found.append((*values, *torch.autograd.grad((values[0] + values[1]).sum(), inputs)))
+        assert found[1][0].isnan().sum() >= 4
+        for a, b in zip(*(f[:2] for f in found), strict=True):
             torch.testing.assert_close(a, b.float(), rtol=1e-3, atol=1e-3, equal_nan=True)
+        for a, b in zip(*(f[2:] for f in found), strict=True):
+            sound = b.view(16, -1).isfinite().all(1)
+            scale = b[sound].abs().max()
+            torch.testing.assert_close(a[sound] / scale, (b[sound] / scale).float(), rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_past_the_cache_are_those_of_small_batches() -> None:
+    """Above 16 MB they are written another way, the last group's too."""
+    x, params = 2 * normal(5800, 33).float(), normal(5800, 33, 23).float()
+
+    def gradients(x: Tensor, params: Tensor) -> list[Tensor]:
+        x, params = x.requires_grad_(), params.requires_grad_()
+        y, logdet = rational_quadratic_spline(x, params, layout="last")
+        return list(torch.autograd.grad(y.sin().sum() + logdet.sum(), (x, params)))
+
+    parts = [gradients(a.clone(), b.clone()) for a, b in zip(x.split(1000), params.split(1000), strict=True)]
+    for whole, *pieces in zip(gradients(x, params), *parts, strict=True):
+        assert torch.equal(whole, torch.cat(pieces))

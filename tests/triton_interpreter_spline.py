@@ -16,7 +16,9 @@ SAMPLES = {s.name: s for s in battery.samples()}
 # One or two of each kind of shape, layout, tails, convention and direction; the battery's others differ in size alone.
 NAMES = [
     *(f"nflows-{t}-{d}-8" for t in ("linear", "circular") for d in ("forward", "inverse")),
-    *(f"{c}-linear-forward-8" for c in ("zuko", "torchflows")), "zuko-circular-inverse-8",
+    *(f"{c}-linear-forward-8" for c in ("zuko", "torchflows", "freia")), "zuko-circular-inverse-8",
+    "freia-affine-inverse-8", "freia-linear-inverse-clamp", "freia-affine-forward-clamp", "freia-affine-forward-mask",
+    "freia-linear-inverse-separate", "freia-affine-inverse-image",
     "torchflows-circular-inverse-8",
     *(f"{name}-{d}" for name in ("no-tails", "separate", "mixed-tails", "image", "part") for d in ("forward", "inverse")),
     "2-bins", "3-bins", "17-bins", "64-bins", "minima-and-scale", "elementwise-separate", "two-features",
@@ -30,7 +32,10 @@ def device():
     return torch.device("cpu")
 
 
-FLOAT64 = ["torchflows-circular-inverse-8", "mixed-tails-inverse", "2-bins"]
+FLOAT64 = [
+    "freia-affine-inverse-clamp", "freia-linear-forward-image", "torchflows-circular-inverse-8", "mixed-tails-inverse",
+    "2-bins",
+]  # fmt: skip
 HALVES = ["zuko-circular-inverse-8"]
 CASES = [
     *((name, torch.float32) for name in NAMES), *((name, torch.float64) for name in FLOAT64),

@@ -223,9 +223,8 @@ PYFLOWGEN_INLINE void tile8_in(const float* const* rows, int64_t column, float* 
   for (int i = 0; i < 8; ++i) store(packs + 16 * i, v[i]);
 }
 PYFLOWGEN_INLINE void store_halves(float* low, float* high, f32v v) {
-  f32h half[2];
-  __builtin_memcpy(half, &v, sizeof v);
-  __builtin_memcpy(low, &half[0], sizeof half[0]), __builtin_memcpy(high, &half[1], sizeof half[1]);
+  _mm256_storeu_ps(low, _mm512_castps512_ps256((__m512)v));
+  _mm256_storeu_ps(high, _mm512_maskz_extractf32x8_ps(__mmask8(-1), (__m512)v, 1));
 }
 PYFLOWGEN_INLINE void tile8_out(float* const* rows, int64_t column, const float* packs) {
   f32v v[8];
@@ -273,13 +272,29 @@ PYFLOWGEN_INLINE void each_tile(int64_t columns, [[maybe_unused]] Tile8 tile8, T
   if (columns % 4) tile4(columns - 4);
 }
 
-// packs[column][lane] = rows[lane][column stride].
-template <class T> void rows_to_packs(const T* const* rows, int64_t stride, int64_t columns, Compute<T>* packs) {
+// The parameters of a group to come, where they lie side by side and so do this one's: neighbours a few columns apart
+// are no pattern that a processor would follow by itself. Null elsewhere.
+template <int lanes, class T>
+PYFLOWGEN_INLINE const T* rows_ahead(const T* p, const Strides& s, const Group<lanes>& g, int64_t columns) {
+  return g.regular && g.step(s) == columns ? p + g.first(s) + 3 * lanes * columns : nullptr;
+}
+// What takes the place of columns [column, column + 8). All at once would be more than a core waits for at a time.
+template <class T> PYFLOWGEN_INLINE void prefetch_ahead(const T* ahead, int64_t column) {
+  constexpr int64_t bytes = width<T> * int64_t(sizeof(T));
+  if (!ahead) return;
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < 8 * bytes; i += 64) __builtin_prefetch((const char*)ahead + column * bytes + i);
+}
+
+// packs[column][lane] = rows[lane][column stride]. ahead: rows_ahead(), or null.
+template <class T>
+void rows_to_packs(const T* const* rows, int64_t stride, int64_t columns, Compute<T>* packs, const T* ahead = nullptr) {
   constexpr int n = width<T>;
   if constexpr (std::is_same_v<T, float>) {
     if (stride == 1 && columns >= 4) {
       const auto tile8 = [&]([[maybe_unused]] int64_t c) {
 #if defined(__AVX2__)
+        prefetch_ahead(ahead, c);
         tile8_in(rows, c, packs + c * n);
 #endif
       };
@@ -345,16 +360,6 @@ PYFLOWGEN_INLINE void stream_done() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
-}
-
-// Ask for the parameters of a group to come: neighbours a few columns apart are no pattern that a processor
-// would follow by itself.
-template <int lanes, class T>
-PYFLOWGEN_INLINE void prefetch_rows(const T* p, const Strides& s, const Group<lanes>& g, int64_t columns) {
-  if (!g.regular || g.step(s) != columns) return;
-  const char* const from = (const char*)(p + g.first(s) + 3 * lanes * columns);
-#pragma GCC unroll 8
-  for (int64_t i = 0; i < lanes * columns * int64_t(sizeof(T)); i += 64) __builtin_prefetch(from + i);
 }
 
 }  // namespace pyflowgen::PYFLOWGEN_ISA

@@ -23,20 +23,27 @@ template <class C> struct PackInputs {
   PackParameters<C> u;
   const C* rows;  // not null: lane l's parameters are at rows + l row_step instead
   int64_t row_step;
+  const C* ahead;  // rows_ahead()
 };
 
 template <class C> struct PackOptions {
   int bins, degree;
-  bool inverse, tails;
+  bool inverse, tails, affine, clamps;
+  bool quick;  // bins of a size that leaves most of the interval to the softmax: sums of its integers find the bin
   Pack<C> min_width, min_height, rest_width, rest_height;  // rest: what the softmax shares out
   Pack<C> min_derivative, edge, inverse_clip, scale;
-  Pack<C> to_exponent;  // from what the softmax takes to powers of two
+  Pack<C> left, bottom, width, shift_width, shift_height;  // freia's interval of parameters 0
+  Pack<C> to_exponent;                                     // from what the softmax takes to powers of two
 
   explicit PackOptions(const RationalQuadraticSplineOptions& o)
       : bins(int(o.bins)),
         degree(int(o.degree)),
         inverse(o.inverse),
         tails(o.tails != SplineTails::none),
+        affine(o.tails == SplineTails::affine),
+        clamps(o.clip > 0),
+        quick(sizeof(C) == sizeof(float) && lanes<C> == 16 && o.min_bin_width * double(o.bins) <= 0.5 &&
+              o.min_bin_height * double(o.bins) <= 0.5),
         min_width(broadcast(C(o.min_bin_width))),
         min_height(broadcast(C(o.min_bin_height))),
         rest_width(broadcast(C(1 - o.min_bin_width * double(o.bins)))),
@@ -45,6 +52,11 @@ template <class C> struct PackOptions {
         edge(broadcast(C(o.edge))),
         inverse_clip(broadcast(C(o.clip > 0 ? 1 / o.clip : 0))),
         scale(broadcast(C(o.scale))),
+        left(broadcast(C(o.left))),
+        bottom(broadcast(C(o.bottom))),
+        width(broadcast(C(o.right - o.left))),
+        shift_width(broadcast(C(o.shift_width))),
+        shift_height(broadcast(C(o.shift_height))),
         to_exponent(broadcast(C((o.convention == SplineConvention::zuko ? 1 : o.scale) * 1.44269504088896340736))) {}
 };
 
@@ -208,9 +220,10 @@ template <class T, class Arguments> struct Loader {
       if constexpr (std::is_same_v<T, C>) from = a.widths.p + g.first(a.widths.strides), stride = a.widths.parameter;
     } else {
       const T* rows[n];
-      if (one) prefetch_rows(a.widths.p, a.widths.strides, g, 2 * bins + a.o.derivatives);
+      const int64_t columns = 2 * bins + a.o.derivatives;
       rows_of(a.widths.p, a.widths.strides, g, rows);
-      rows_to_packs<T>(rows, a.widths.parameter, one ? 2 * bins + a.o.derivatives : bins, buffer);
+      rows_to_packs<T>(rows, a.widths.parameter, one ? columns : bins, buffer,
+                       one ? rows_ahead(a.widths.p, a.widths.strides, g, columns) : nullptr);
       if (!one) {
         rows_of(a.heights.p, a.heights.strides, g, rows);
         rows_to_packs<T>(rows, a.heights.parameter, bins, buffer + bins * n);
@@ -225,7 +238,9 @@ template <class T, class Arguments> struct Loader {
     }
     const C* const d = from + 2 * bins * stride;
     PackParameters<C> u{from, from + bins * stride, d, stride, edges, edges};
-    if (a.o.tails != SplineTails::linear) {
+    if (a.o.tails >= SplineTails::affine) {  // first: where the interval is
+      u.inner = d + (a.o.tails == SplineTails::affine ? 2 : 1) * stride, u.first = u.last = d;
+    } else if (a.o.tails != SplineTails::linear) {
       u.inner = d + stride;
       u.first = d, u.last = a.o.tails == SplineTails::circular ? d : d + bins * stride;
       if (a.o.tails == SplineTails::mixed) {
@@ -243,6 +258,10 @@ template <class T, class Arguments> struct Loader {
     PackInputs<C> in{};
     in.left = broadcast(C(a.o.left)), in.right = broadcast(C(a.o.right));
     in.bottom = broadcast(C(a.o.bottom)), in.top = broadcast(C(a.o.top));
+    if (a.o.tails >= SplineTails::affine) {  // known to the spline alone: all may be inside
+      in.right = in.top = broadcast(C(__builtin_inf()));
+      in.left = in.bottom = -in.right;
+    }
     return in;
   }
   // And the rest. by_rows: the spline takes rows as they are.
@@ -252,7 +271,7 @@ template <class T, class Arguments> struct Loader {
     in.rows = nullptr;
     if constexpr (std::is_same_v<T, C>) {
       if (by_rows && g.regular && g.n == n && g.step(a.widths.strides) != 1) {
-        prefetch_rows(a.widths.p, a.widths.strides, g, 2 * a.o.bins + a.o.derivatives);
+        in.ahead = rows_ahead(a.widths.p, a.widths.strides, g, 2 * a.o.bins + a.o.derivatives);
         in.rows = a.widths.p + g.first(a.widths.strides), in.row_step = g.step(a.widths.strides);
       }
     }
@@ -306,7 +325,7 @@ template <class Kind, class T, class A> void forward_elements(const RationalQuad
       Kind::finish(options, places, used);
       for (int i = 0; i < used; ++i, again.advance()) {
         const auto& p = places[i];
-        give(again.group, again.element, p.x, p.value == p.x, p.result.y, p.result.l);
+        give(again.group, again.element, p.x, Kind::inside(options, p), p.result.y, p.result.l);
       }
     }
   } else {
@@ -394,7 +413,11 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
   T rest[max_parameters];  // gradients of the lanes beyond a group's end
   const bool large =
       one_out && a.dwidths.parameter == 1 && o.batch * o.count * o.inner * columns * int64_t(sizeof(T)) >= past_cache;
-  alignas(64) T together[max_parameters * n];  // gradients as they go past the cache
+  // Gradients that go past the cache: put together in rows, and sent with the next group's, when they need no waiting
+  // for.
+  alignas(64) T together[2][max_parameters * n];
+  T* sent_to = nullptr;
+  int filled = 0;
   PackInputs<C> in = loader.start(edges);
   each_group<n>(o.count, o.inner, first, last, [&](const Group<n>& g, int64_t) {
     loader.take(g, x_strides, false, buffer, edges, in);
@@ -404,6 +427,7 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
     if (a.mask) {
       const auto selected = load_mask<C>(a.mask, a.mask_strides, g);
       used_dy = selected ? dy : Pack<C>{}, dlogdet = selected ? dlogdet : Pack<C>{};
+      in.x = selected ? in.x : Pack<C>{};
       inside &= selected;
     }
     const bool direct = std::is_same_v<T, C> && one_out && g.regular && g.n == n && g.step(a.dwidths.strides) == 1;
@@ -413,7 +437,8 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
       if (direct) to = a.dwidths.p + g.first(a.dwidths.strides), stride = a.dwidths.parameter;
     }
     C* const d = to + 2 * bins * stride;
-    PackGradients<C> out{to, to + bins * stride, o.tails == SplineTails::linear ? d : d + stride, stride, {}};
+    const int64_t ends = o.tails == SplineTails::linear ? 0 : o.tails == SplineTails::affine ? 2 : 1;
+    PackGradients<C> out{to, to + bins * stride, d + ends * stride, stride, {}};
     Pack<C> dx;
     Kind::backward(options, in, used_dy, dlogdet, out, dx);
     const bool none = o.tails == SplineTails::none;
@@ -425,7 +450,9 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
       const Pack<C> both = out.ends[0] + out.ends[1];
       if (o.tails == SplineTails::none) {
         store(d, out.ends[0]), store(d + bins * stride, out.ends[1]);
-      } else if (o.tails == SplineTails::circular) {
+      } else if (o.tails == SplineTails::affine) {
+        store(d, out.ends[0]), store(d + stride, out.ends[1]);
+      } else if (o.tails == SplineTails::circular || o.tails == SplineTails::resized) {
         store(d, both);
       } else if (o.tails == SplineTails::mixed) {
         store(d, load_mask<C>(a.circular, a.circular_strides, g) ? both : Pack<C>{}),
@@ -442,9 +469,12 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
     if constexpr (std::is_same_v<T, float>) {
       T* const to = a.dwidths.p + g.first(a.dwidths.strides);
       if (large && g.regular && g.n == n && g.step(a.dwidths.strides) == columns && uintptr_t(to) % vector_bytes == 0) {
-        for (int l = 0; l < n; ++l) rows[l] = together + l * columns;
+        for (int l = 0; l < n; ++l) rows[l] = together[filled] + l * columns;
         packs_to_rows<T>(buffer, rows, 1, columns, n);
-        return stream(to, together, n * columns);
+        filled ^= 1;
+        if (sent_to) stream(sent_to, together[filled], n * columns);
+        sent_to = to;
+        return;
       }
     }
     if (one_out) return write(a.dwidths, buffer, columns);
@@ -452,6 +482,8 @@ template <class Kind, class T, class A> void backward_elements(const RationalQua
     write(a.dheights, buffer + bins * n, bins);
     write(a.dderivatives, buffer + 2 * bins * n, o.derivatives);
   });
+  if constexpr (std::is_same_v<T, float>)
+    if (sent_to) stream(sent_to, together[filled ^ 1], n * columns);
   if (large) stream_done();
 }
 

@@ -124,7 +124,7 @@ template <class C> struct Options {
   bool inverse;
   C left, right, bottom, top;
   C min_width, min_height, rest_width, rest_height;  // rest: what the softmax shares out
-  C min_derivative, edge, inverse_clip, scale;
+  C min_derivative, edge, inverse_clip, scale, shift_width, shift_height;
 
   explicit Options(const RationalQuadraticSplineOptions& o)
       : bins(int(o.bins)),
@@ -142,7 +142,9 @@ template <class C> struct Options {
         min_derivative(C(o.min_derivative)),
         edge(C(o.edge)),
         inverse_clip(C(o.clip > 0 ? 1 / o.clip : 0)),
-        scale(C(o.scale)) {}
+        scale(C(o.scale)),
+        shift_width(C(o.shift_width)),
+        shift_height(C(o.shift_height)) {}
 };
 
 // A sum that keeps what each addition loses: a knot is then as exact as its distance from the middle of the interval.
@@ -162,7 +164,8 @@ template <class C> struct Sum {
 };
 
 // One element's parameters of one axis, widths or heights, in shared memory. nflows' become their exponentials as soon
-// as those are known; the others are wanted again, and their exponentials computed anew.
+// as those are known; the others are wanted again, and their exponentials computed anew. freia's, of affine tails, have
+// a softplus in an exponential's place.
 //
 // Knot k lies at middle + (k - bins / 2) least + from_middle(sum of k exponentials) (half + half_rest), where half_rest
 // is what half lacks: the outermost knots must fit to the ends, from which the others' error would be seen in a narrow
@@ -174,6 +177,7 @@ template <SplineConvention S, bool height, class C> struct Axis {
   int bins;
   C low, high, middle, least, half, half_rest, scale, offset, softclip;
   Sum<C> total;
+  formula::OwnSide<C> side;  // freia's
 
   // Parameter k as the softmax takes it, but for the scale.
   __device__ __forceinline__ C logit(int k) const {
@@ -181,7 +185,11 @@ template <SplineConvention S, bool height, class C> struct Axis {
     else if constexpr (height && S == SplineConvention::torchflows) return formula::fma(own[k], C(1e-3), widths[k]);
     else return own[k];
   }
+  __device__ __forceinline__ formula::KnotDerivative<C> size(int k) const {
+    return formula::softplus_at_least(own[k] + offset, scale);
+  }
   __device__ __forceinline__ C exponential_of(C logit) const {
+    if constexpr (S == SplineConvention::freia) return formula::softplus_at_least(logit + offset, scale).value;
     const C scaled = S == SplineConvention::zuko ? logit + offset : formula::fma(logit, scale, offset);
     return formula::exp_in_range(formula::at_least(scaled, formula::exp_lowest<C>));
   }
@@ -204,6 +212,17 @@ template <SplineConvention S, bool height, class C> struct Axis {
       if constexpr (kept) own[k] = e;
       total.add(e);
     }
+    fit(minimum);
+  }
+  // freia's, of sizes of at least `minimum`, from `begin` on.
+  __device__ __forceinline__ Axis(const Options<C>& o, C* own, C shift, C minimum, C begin)
+      : widths(own), own(own), bins(o.bins), scale(minimum), offset(shift), softclip(0) {
+    for (int k = 0; k < bins; ++k) total.add(size(k).value);
+    side = formula::own_side(total.sum + total.lost, begin, o.inverse_clip, o.inverse_clip > 0);
+    low = side.begin, high = side.begin + side.size;
+    fit(C(0));
+  }
+  __device__ __forceinline__ void fit(C minimum) {
     const C range = high - low, count = C(bins);
     middle = (low + high) * C(0.5);
     least = minimum * range;
@@ -260,7 +279,8 @@ __device__ __forceinline__ Input<Compute<T>> load_input(const Task& t, T x, cons
   const Options<C>& o = t.o;
   const C bound = t.bound.p ? C(*t.bound.at(0, at.channel, at.inner)) : C(1);
   Input<C> in{widen(x), o.left * bound, o.right * bound, o.bottom * bound, o.top * bound, false, false};
-  in.inside = in.x >= (o.inverse ? in.bottom : in.left) && in.x <= (o.inverse ? in.top : in.right);
+  in.inside = o.tails >= SplineTails::affine ||
+              (in.x >= (o.inverse ? in.bottom : in.left) && in.x <= (o.inverse ? in.top : in.right));
   in.circular = t.circular.p && *t.circular.at(0, at.channel, at.inner);
   return in;
 }

@@ -85,11 +85,48 @@ PYFLOWGEN_FORMULA KnotDerivative<V> knot_derivative(V u, V least, V edge, V inve
   } else {
     constexpr bool scaled = S == SplineConvention::torchflows;
     if constexpr (scaled) u = fma(u, splat<V>(1e-3), edge);
+    if constexpr (S == SplineConvention::freia) u += edge;
     const V zero = splat<V>(0), one = splat<V>(1);
     const V e = exp_in_range(at_least(-abs(u), exp_lowest<V>));
     const V slope = (u < zero ? e : one) / (one + e);
     return {at_least(u, 0) + log1p_unit(e) + least, scaled ? slope * splat<V>(1e-3) : slope};
   }
+}
+
+// freia's: a softplus and its derivative, and an interval along one axis of bins that make it up. `total`: their sizes
+// as they are, which the clamp, where there is one, brings to `size`, and the beginning with them: both times `resize`,
+// whose derivative with respect to the total is `growth`.
+template <class V> PYFLOWGEN_FORMULA KnotDerivative<V> softplus_at_least(V u, V least) {
+  return knot_derivative<SplineConvention::nflows>(u, least, u, u);
+}
+template <class V> struct Clamped { V value, derivative; };
+template <class V> PYFLOWGEN_FORMULA Clamped<V> clamp_size(V size, V inverse_clamp, bool clamps) {
+  const V one = splat<V>(1);
+  if (!clamps) return {size, one};
+  const V t = tanh(size * inverse_clamp);
+  return {t / inverse_clamp, fma(-t, t, one)};
+}
+template <class V> struct OwnSide { V begin, size, resize, growth; };
+template <class V> PYFLOWGEN_FORMULA OwnSide<V> own_side(V total, V begin, V inverse_clamp, bool clamps) {
+  const auto [size, derivative] = clamp_size(total, inverse_clamp, clamps);
+  const V one = splat<V>(1), resize = clamps ? size / total : one;
+  return {begin * resize, size, resize, clamps ? (derivative - resize) / total : splat<V>(0)};
+}
+// Where `outside` beyond the interval's end by `distance`, in units of what goes in, y goes on at `slope`: gradients of
+// what goes in, of shifts of that end along x and y, and of the slope. Of the clamp's and the sizes' effect on the
+// bins: own_gradient, from those of the bins before the one that x is in, of that, and `whole` of every bin.
+template <class V> struct TailGradient { V input, shift_x, shift_y, slope; };
+template <class V> PYFLOWGEN_FORMULA TailGradient<V> tail_backward(V dy, V dlogdet, V distance, V slope, bool inverse) {
+  if (!inverse) return {dy * slope, -dy * slope, dy, fma(dy, distance, dlogdet / slope)};
+  const V along_x = dy / slope;
+  return {along_x, dy, -along_x, -fma(along_x, distance / slope, dlogdet / slope)};
+}
+template <class V> struct OwnGradient { V before, at, beyond, begin; };
+template <class V>
+PYFLOWGEN_FORMULA OwnGradient<V> own_gradient(const OwnSide<V>& side, V offset, V length, V shift, V size, V whole) {
+  const V of_resize = fma(shift, offset + side.begin, fma(size, length, whole * side.size)) / side.resize;
+  const V all = fma(of_resize, side.growth, whole * side.resize);
+  return {fma(shift, side.resize, all), fma(size, side.resize, all), all, shift * side.resize};
 }
 
 // The bin that x (or y, for the inverse) lies in.

@@ -539,7 +539,7 @@ def _step(layer: Bijection, x: Tensor, context: Tensor | None, inverse: bool) ->
         scale, shift_first, code, per = 0, False, 1, 1
     elif isinstance(layer, spline.SplineCoupling) and type(layer) is spline.SplineCoupling:
         simple = layer.tails in ("linear", "circular") and not isinstance(layer.bound, Tensor)
-        if not simple or layer.layout != "channels":
+        if not simple or layer.layout != "channels" or layer.convention == "freia":
             return None
         minima = layer.min_bin_width, layer.min_bin_height, layer.min_derivative
         tails, bounds, edge, clip = spline._check_options(

@@ -6,7 +6,7 @@ In this order: reference, function with its gradient, layer, fake.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,19 +17,21 @@ from pyflowgen import _native
 from pyflowgen.bijection import logdet_dtype
 from pyflowgen.coupling import Coupling, Mask, check_tensors, expand_mask, reference_gradients
 
-Tails = Literal["linear", "circular"]
-Convention = Literal["nflows", "zuko", "torchflows"]
+Tails = Literal["linear", "circular", "affine"]
+Convention = Literal["nflows", "zuko", "torchflows", "freia"]
 Layout = Literal["last", "channels"]
 
 # The place in the tuple is the code that the operators take.
-_CONVENTIONS = ("nflows", "zuko", "torchflows")
+_CONVENTIONS = ("nflows", "zuko", "torchflows", "freia")
 _LAYOUTS = (None, "last", "channels")
-_TAILS = (None, "linear", "circular", "mixed")
+# "resized" is what freia calls linear tails: of an interval whose size is a parameter.
+_TAILS = (None, "linear", "circular", "mixed", "affine", "resized")
+_AFFINE, _RESIZED = 4, 5
 # How many derivatives more than bins: one for every knot; for all but the outer two; for all but the last, which is the
-# first; and for every knot again.
-_DERIVATIVES = (1, -1, 0, 1)
+# first; for every knot again. Of freia for all but the outer two, after the interval's two ends or its size.
+_DERIVATIVES = (1, -1, 0, 1, 1, 0)
 # Of each convention: min_bin_width and min_bin_height, min_derivative.
-_MINIMA = {"nflows": (1e-3, 1e-3), "zuko": (0.0, 1e-3), "torchflows": (1e-3, 1e-5)}
+_MINIMA = {"nflows": (1e-3, 1e-3), "zuko": (0.0, 1e-3), "torchflows": (1e-3, 1e-5), "freia": (0.1, 0.0)}
 _MAX_BINS = 64
 
 
@@ -49,6 +51,43 @@ def _unpack(
 def _knots(u: Tensor, low: Tensor, high: Tensor, minimum: float) -> Tensor:
     sizes = minimum + (1 - minimum * u.shape[-1]) * torch.softmax(u, -1)
     return torch.cat([low, low + (high - low) * sizes.cumsum(-1)[..., :-1], high], -1)
+
+
+def _softplus(u: Tensor) -> Tensor:
+    return -F.logsigmoid(-u)  # F.softplus turns linear at 20, an error of 2e-9
+
+
+def _own_knots(
+    u: Tensor, begin: Tensor, interval: float, least: float, clamped: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """(knots, the interval's size) of bins that are not shares of an interval, but make it up."""
+    default = interval / u.shape[-1] - least
+    u = least + _softplus(u + default + math.log(-math.expm1(-default)))
+    total = u.sum(-1, keepdim=True)
+    size = clamped(total)
+    begin = begin * (size / total)
+    return torch.cat([begin, begin + size * (u / total).cumsum(-1)[..., :-1], begin + size], -1), size
+
+
+def _freia(
+    w: Tensor, h: Tensor, d: Tensor, tails: int, ends: tuple[float, ...], least: tuple[float, float, float],
+    edge: float, clamp: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(knots along x, along y, derivatives) where the parameters say how large the interval is."""
+    left, right, bottom, top = ends
+
+    def clamped(size: Tensor) -> Tensor:
+        return clamp * torch.tanh(size / clamp) if clamp else size
+
+    if tails == _RESIZED:
+        size = clamped((right - left) * _softplus(d[..., :1] + math.log(math.expm1(1))))
+        knots_x, knots_y = (_knots(u, -0.5 * size, 0.5 * size, 0) for u in (w, h))
+        slope, d = torch.ones_like(size), d[..., 1:]
+    else:
+        knots_x, width = _own_knots(w, left + d[..., 1:2], right - left, least[0], clamped)
+        knots_y, height = _own_knots(h, bottom + d[..., :1], top - bottom, least[1], clamped)
+        slope, d = height / width, d[..., 2:]
+    return knots_x, knots_y, torch.cat([slope, least[2] + _softplus(d + edge), slope], -1)
 
 
 def _reference(
@@ -108,13 +147,23 @@ def _reference(
     elif circular is not None:
         outer = torch.where(circular, d[..., 0], edge).unsqueeze(-1)
         d = torch.cat([outer, d[..., 1:-1], outer], -1)
-    # -logsigmoid(-d) is softplus; F.softplus turns linear at 20, an error of 2e-9
-    d = torch.exp(d) if convention == 1 else min_derivative - F.logsigmoid(-(edge + d / 1000 if convention == 2 else d))
-
-    (low_x, high_x), (low_y, high_y) = ends(left, right), ends(bottom, top)
-    knots_x, knots_y = _knots(w, low_x, high_x, min_bin_width), _knots(h, low_y, high_y, min_bin_height)
-    searched = knots_y if inverse else knots_x
     v = part.unsqueeze(-1)
+    if convention == 3:
+        if mask is not None:  # its tails depend on the parameters
+            v = torch.where(mask.unsqueeze(-1), v, 0)
+        least = min_bin_width, min_bin_height, min_derivative
+        knots_x, knots_y, d = _freia(w, h, d, tails, (left, right, bottom, top), least, edge, clip)
+    else:
+        d = torch.exp(d) if convention == 1 else min_derivative + _softplus(edge + d / 1000 if convention == 2 else d)
+        (low_x, high_x), (low_y, high_y) = ends(left, right), ends(bottom, top)
+        knots_x, knots_y = _knots(w, low_x, high_x, min_bin_width), _knots(h, low_y, high_y, min_bin_height)
+    searched, others = (knots_y, knots_x) if inverse else (knots_x, knots_y)
+    outside, outside_logdet = v, torch.zeros_like(v)
+    if tails == _AFFINE:
+        beyond, slope = v > searched[..., -1:], d[..., :1]
+        to, of = (torch.where(beyond, k[..., -1:], k[..., :1]) for k in (others, searched))
+        outside = to + (v - of) * (1 / slope if inverse else slope)
+        outside_logdet = -slope.log() if inverse else slope.log()
     inside = (v >= searched[..., :1]) & (v <= searched[..., -1:])
     v = torch.where(inside, v, searched[..., :1])  # before the maths: no NaN gradient from outside
     k = (v >= searched[..., 1:-1]).sum(-1, keepdim=True)
@@ -144,7 +193,7 @@ def _reference(
     if tails == 0:
         y, logdet = torch.where(inside, y, math.nan), torch.where(inside, logdet, math.nan)
     else:
-        y, logdet = torch.where(inside, y, part.unsqueeze(-1)), torch.where(inside, logdet, 0)
+        y, logdet = torch.where(inside, y, outside), torch.where(inside, logdet, outside_logdet)
     y, logdet = y.squeeze(-1), logdet.squeeze(-1)
     if mask is not None:
         y, logdet = torch.where(mask, y, part), torch.where(mask, logdet, 0)
@@ -169,6 +218,7 @@ def rational_quadratic_spline_reference(
     min_derivative: float | None = None,
     convention: Convention = "nflows",
     scale: float = 1.0,
+    domain_clamp: float | None = None,
     event_dim: int = 1,
     layout: Layout | None = None,
     bins: int | None = None,
@@ -179,7 +229,7 @@ def rational_quadratic_spline_reference(
     return _reference(
         *_arguments(
             x, widths, heights, derivatives, bound, tails, inverse, min_bin_width, min_bin_height, min_derivative,
-            convention, scale, event_dim, layout, bins, part, mask,
+            convention, scale, domain_clamp, event_dim, layout, bins, part, mask,
         )
     )  # fmt: skip
 
@@ -199,6 +249,7 @@ def rational_quadratic_spline(
     min_derivative: float | None = None,
     convention: Convention = "nflows",
     scale: float = 1.0,
+    domain_clamp: float | None = None,
     event_dim: int = 1,
     layout: Layout | None = None,
     bins: int | None = None,
@@ -225,17 +276,21 @@ def rational_quadratic_spline(
             given: widths, heights and derivatives of an element in this order.
         heights: as widths.
         derivatives: ``(*x.shape, K - 1)`` for linear tails (inner knots), ``(…, K)`` for circular ones (the last knot
-            has the first's), ``(…, K + 1)`` without tails.
+            has the first's), ``(…, K + 1)`` without tails. Of ``"freia"`` the inner knots' after what says where the
+            interval lies: its size (linear tails), or bottom and left (affine ones).
         bound: B: the spline maps [-B, B] to itself. A tensor broadcastable to the event shape gives one for each
             feature; ``(left, right)`` another interval, ``(left, right, bottom, top)`` different ones for x and y (only
-            without tails).
+            without tails or with affine ones). Of ``"freia"`` the interval that parameters of zero give.
         tails: outside of the interval ``"linear"`` is the identity, to which the outer derivatives of 1 fit;
             ``"circular"`` has equal derivatives at both ends, for angles; None takes no x outside. A sequence of
             ``"linear"`` and ``"circular"``, one for each channel, reads K + 1 derivatives and ignores what it
-            does not need.
+            does not need. ``"affine"``, of ``"freia"`` alone, goes on in a line of slope height / width, which the
+            outer derivatives are.
         inverse: apply the inverse map and return its log-determinant.
-        min_bin_width, min_bin_height: least bin sizes as fractions of the interval; default 1e-3 (zuko: 0).
-        min_derivative: least derivative at a knot; default 1e-3 (torchflows: 1e-5). With ``"zuko"`` its ``slope``.
+        min_bin_width, min_bin_height: least bin sizes as fractions of the interval; default 1e-3 (zuko: 0). Of
+            ``"freia"`` sizes as they are, before the clamp: 0.1 with affine tails, none with linear ones.
+        min_derivative: least derivative at a knot; default 1e-3 (torchflows: 1e-5, freia: 0). With ``"zuko"`` its
+            ``slope``.
         convention: how parameters become bins.
 
             ================  =======================================  =========================================
@@ -244,9 +299,17 @@ def rational_quadratic_spline(
                                                                        for d and half that for w and h
             ``"torchflows"``  softmax(w), softmax(w + h/1000),         torchflows
                               softplus(c + d/1000)
+            ``"freia"``       min + softplus(c + w), likewise of   FrEIA's ``RationalQuadraticSpline``, where the
+                              h, from ``left + l`` and ``bottom    interval's size and place are the network's too;
+                              + b`` on; softplus(c + d). With      linear tails are its ``identity_tails``, with
+                              linear tails softmax(w) and          ``bound`` its ``default_domain``; packed it gives
+                              softmax(h) of an interval around 0,  w, h, then b and l or t, then d
+                              (right - left) softplus(c + t)
+                              wide
             ================  =======================================  =========================================
         scale: factor on widths and heights before the softmax: nflows' couplings divide by the root of their hidden
             features.
+        domain_clamp: of ``"freia"``: the interval's sizes s become ``domain_clamp * tanh(s / domain_clamp)``.
         event_dim: how many trailing dimensions of x the log-determinant sums: 1 for vectors, 3 for ``(C, H, W)``
             images, 0 for the elementwise log-derivative.
         layout: read a conditioner's packed output of P = 3K - 1 (3K, 3K + 1) parameters an element in place, forward
@@ -281,7 +344,7 @@ def rational_quadratic_spline(
     """
     args = _arguments(
         x, widths, heights, derivatives, bound, tails, inverse, min_bin_width, min_bin_height, min_derivative,
-        convention, scale, event_dim, layout, bins, part, mask,
+        convention, scale, domain_clamp, event_dim, layout, bins, part, mask,
     )  # fmt: skip
     tensors = args[:4]
     if not _native.use_kernel("rational_quadratic_spline", args[0]):
@@ -309,6 +372,12 @@ def _interval(bound: float | tuple[float, ...] | Tensor) -> tuple[float, float, 
     return ends[0], ends[1], ends[2], ends[3]
 
 
+def _tails_code(tails: str | Sequence[str] | None, convention: str) -> int:
+    if tails is not None and not isinstance(tails, str):
+        return 3
+    return _RESIZED if (tails, convention) == ("linear", "freia") else _TAILS.index(tails)
+
+
 def _check_options(
     bound: float | tuple[float, ...] | Tensor,
     tails: str | Sequence[str] | None,
@@ -316,21 +385,35 @@ def _check_options(
     convention: str,
     scale: float,
     layout: str | None,
+    domain_clamp: float | None = None,
 ) -> tuple[int, tuple[float, ...], float, float]:
     """Check what is no tensor; returns (tails' code, interval and minima, edge, clip)."""
     if convention not in _CONVENTIONS:
         raise ValueError(f"convention must be one of {_CONVENTIONS}, got {convention!r}")
     if layout not in _LAYOUTS:
         raise ValueError(f"layout must be one of {_LAYOUTS}, got {layout!r}")
-    mixed = tails is not None and not isinstance(tails, str)
-    if any(t not in _TAILS[1:3] for t in (tails if mixed and tails else (tails,) if tails else ())):
+    freia, mixed = convention == "freia", tails is not None and not isinstance(tails, str)
+    if freia != (tails == "affine") and not (freia and tails == "linear"):
+        raise ValueError(
+            f"tails is {tails!r} and convention {convention!r}: 'freia' has 'linear' or 'affine' tails, "
+            "and no other has 'affine' ones"
+        )
+    if any(t not in _TAILS[1:3] for t in (tails if mixed and tails else (tails,) if tails and not freia else ())):
         raise ValueError(f"tails must be 'linear', 'circular', None or a sequence of the first two, got {tails!r}")
     left, right, bottom, top = _interval(bound)
-    if tails is not None and (left, right) != (bottom, top):
-        raise ValueError(f"bound={bound}: different intervals for x and y are only for tails=None")
+    if tails not in (None, "affine") and (left, right) != (bottom, top):
+        raise ValueError(f"bound={bound}: different intervals for x and y are only for tails None and 'affine'")
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    if domain_clamp is not None and not (freia and domain_clamp > 0):
+        raise ValueError(f"domain_clamp must be positive and is for convention='freia', got {domain_clamp}")
+    if freia and (isinstance(bound, Tensor) or scale != 1):
+        raise ValueError("convention='freia' has numbers for a bound and scale=1")
     least, slope = _MINIMA[convention]
+    if freia and tails == "linear":
+        if minima[0] or minima[1]:
+            raise ValueError("min_bin_width and min_bin_height of convention='freia' are for tails='affine'")
+        least = 0.0
     width, height, derivative = (
         d if m is None else float(m) for m, d in zip(minima, (least, least, slope), strict=True)
     )
@@ -339,15 +422,14 @@ def _check_options(
             "min_bin_width, min_bin_height and min_derivative must not be negative and the last be below 1, "
             f"got {width}, {height}, {derivative}"
         )
-    clip = 0.0
+    clip = float(domain_clamp or 0)
     if convention == "zuko":
         if derivative == 0:
             raise ValueError("convention='zuko' needs a positive min_derivative")
         clip, edge, derivative = -math.log(derivative), 0.0, 0.0
     else:
         edge = math.log(math.expm1(1 - derivative))
-    code = 3 if mixed else _TAILS.index(tails)
-    return code, (left, right, bottom, top, width, height, derivative), edge, clip
+    return _tails_code(tails, convention), (left, right, bottom, top, width, height, derivative), edge, clip
 
 
 def _arguments(
@@ -363,6 +445,7 @@ def _arguments(
     min_derivative: float | None,
     convention: str,
     scale: float,
+    domain_clamp: float | None,
     event_dim: int,
     layout: str | None,
     bins: int | None,
@@ -375,7 +458,7 @@ def _arguments(
     if not 0 <= event_dim <= x.dim():
         raise ValueError(f"event_dim must be between 0 and x's {x.dim()} dimensions, got {event_dim}")
     minima = min_bin_width, min_bin_height, min_derivative
-    code_tails, floats, edge, clip = _check_options(bound, tails, minima, convention, scale, layout)
+    code_tails, floats, edge, clip = _check_options(bound, tails, minima, convention, scale, layout, domain_clamp)
     if (heights is None) != (derivatives is None) or (heights is None) != (layout is not None):
         raise ValueError("give widths, heights and derivatives and no layout, or packed parameters and their layout")
     if torch.is_autocast_enabled(x.device.type):  # a log-determinant is not for half precision
@@ -409,9 +492,10 @@ def _arguments(
     bins = found
     if not 2 <= bins <= _MAX_BINS:
         raise ValueError(f"bins must be from 2 to {_MAX_BINS}, got {bins} from widths of shape {shape}")
-    for name, least in (("min_bin_width", floats[4]), ("min_bin_height", floats[5])):
-        if least * bins > 1:
-            raise ValueError(f"{name} is {least}, too large for {bins} bins: expected at most 1/{bins}")
+    for i, name in enumerate(("min_bin_width", "min_bin_height")):
+        least, most = floats[4 + i], (floats[2 * i + 1] - floats[2 * i]) / bins if code_tails == _AFFINE else 1 / bins
+        if least > most or (code_tails == _AFFINE and least == most):
+            raise ValueError(f"{name} is {least}, too large for {bins} bins: expected at most {most}")
 
     target = list(x.shape)
     start, step = (0, 1) if part is None else part
@@ -507,13 +591,13 @@ class SplineCoupling(Coupling):
         \qquad \log|\det| = \sum \log\frac{\partial y_b}{\partial x_b}
 
     Args:
-        conditioner: module giving ``SplineCoupling.params_per_element(bins, tails)`` parameters for every element to
-            be transformed, packed as ``layout`` says; called with the part that stays, and with the context when there
-            is one. With a checkerboard or a tensor for a mask it is given all of x with zeros in the transformed
-            places, and gives parameters for all.
+        conditioner: module giving ``SplineCoupling.params_per_element(bins, tails, convention)`` parameters for every
+            element to be transformed, packed as ``layout`` says; called with the part that stays, and with the context
+            when there is one. With a checkerboard or a tensor for a mask it is given all of x with zeros in the
+            transformed places, and gives parameters for all.
         bins: K.
         mask, swap: as in :class:`AffineCoupling`.
-        bound, tails, min_bin_width, min_bin_height, min_derivative, convention, scale: as in
+        bound, tails, min_bin_width, min_bin_height, min_derivative, convention, scale, domain_clamp: as in
             :func:`rational_quadratic_spline`; a tensor of bounds and a sequence of tails are for the channels that are
             transformed.
         event_dim: 1 for vectors, 3 for images ``(C, H, W)``.
@@ -548,14 +632,17 @@ class SplineCoupling(Coupling):
         min_derivative: float | None = None,
         convention: Convention = "nflows",
         scale: float = 1.0,
+        domain_clamp: float | None = None,
         event_dim: int = 1,
         layout: Layout = "channels",
     ) -> None:
         super().__init__(conditioner, mask=mask, swap=swap, event_dim=event_dim)
         if layout is None:
             raise ValueError(f"{type(self).__name__}: layout is None, expected one of {_LAYOUTS[1:]}")
-        _check_options(bound, tails, (min_bin_width, min_bin_height, min_derivative), convention, scale, layout)
+        minima = min_bin_width, min_bin_height, min_derivative
+        _check_options(bound, tails, minima, convention, scale, layout, domain_clamp)
         self.bins, self.tails, self.convention, self.scale, self.layout = bins, tails, convention, scale, layout
+        self.domain_clamp = domain_clamp
         self.min_bin_width, self.min_bin_height, self.min_derivative = min_bin_width, min_bin_height, min_derivative
         if isinstance(bound, Tensor):
             self.register_buffer("bound", bound)
@@ -563,9 +650,11 @@ class SplineCoupling(Coupling):
             self.bound = bound
 
     @staticmethod
-    def params_per_element(bins: int, tails: Tails | Sequence[Tails] | None = "linear") -> int:
+    def params_per_element(
+        bins: int, tails: Tails | Sequence[Tails] | None = "linear", convention: Convention = "nflows"
+    ) -> int:
         """How many parameters the conditioner gives for every transformed element."""
-        return 3 * bins + _DERIVATIVES[3 if tails is not None and not isinstance(tails, str) else _TAILS.index(tails)]
+        return 3 * bins + _DERIVATIVES[_tails_code(tails, convention)]
 
     def _transform(
         self, x: Tensor, params: Tensor, part: tuple[int, int] | None, mask: Tensor | None, inverse: bool
@@ -573,7 +662,8 @@ class SplineCoupling(Coupling):
         return rational_quadratic_spline(
             x, params, bound=self.bound, tails=self.tails, inverse=inverse, min_bin_width=self.min_bin_width,
             min_bin_height=self.min_bin_height, min_derivative=self.min_derivative, convention=self.convention,
-            scale=self.scale, event_dim=self.event_dim, layout=self.layout, bins=self.bins, part=part, mask=mask,
+            scale=self.scale, domain_clamp=self.domain_clamp, event_dim=self.event_dim, layout=self.layout,
+            bins=self.bins, part=part, mask=mask,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
