@@ -82,9 +82,10 @@ PYFLOWGEN_PER_ISA(
   // Whether 16 elements spread over each weight are in `packed` (storage T) as they are in the weights.
   template <class Cell, class T> bool recurrent_pack_matches(const RecurrentWeights<T>&, const void* packed);
 
-  // Blocks begin <= b < end for all rows. scratch: recurrent_scratch_bytes for each thread.
-  template <class W> int64_t recurrent_scratch_bytes(int64_t in, int64_t hidden);
-  template <class Cell, class T, class W> void recurrent_step(const RecurrentStep<T>&, int64_t begin, int64_t end, void* scratch);
+  // One block for all rows, after recurrent_inputs has been to scratch, recurrent_scratch_bytes for each thread.
+  template <class W> int64_t recurrent_scratch_bytes(int64_t batch, int64_t in, int64_t hidden);
+  template <class T, class W> void recurrent_inputs(const RecurrentStep<T>&, void* scratch);
+  template <class Cell, class T, class W> void recurrent_step(const RecurrentStep<T>&, int64_t block, const void* scratch);
 
   // Step t for blocks begin <= b < end and batch elements first <= r < last. Needs all blocks of the step before.
   template <class Cell, class T> void recurrent_forward(const RecurrentForward<T>&, int64_t t, int64_t begin, int64_t end, int64_t first, int64_t last);

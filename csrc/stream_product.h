@@ -43,9 +43,10 @@ PYFLOWGEN_PER_ISA(
   template <class T, class W> int64_t stream_packed_bytes(const StreamWeights<T>&);
   template <class T, class W> void stream_pack(const StreamWeights<T>&, void* packed, T* scratch, int64_t begin, int64_t end);
   // Blocks begin <= b < end for all rows, each row the same bits whatever the others are.
-  // scratch: stream_scratch_bytes for each thread.
+  // scratch: stream_scratch_bytes for each thread, to which stream_inputs has been.
   template <class T, class W> int64_t stream_scratch_bytes(int64_t rows, int64_t depth);
-  template <class T, class W> void stream_product(const StreamProduct<T>&, int64_t begin, int64_t end, void* scratch);
+  template <class T, class W> void stream_inputs(const StreamProduct<T>&, void* scratch);
+  template <class T, class W> void stream_product(const StreamProduct<T>&, int64_t begin, int64_t end, const void* scratch);
 )
 // clang-format on
 

@@ -528,7 +528,13 @@ def load_state(path: Path, model: Detector) -> tuple[State, int, int]:
         raise RunError(f"{path}: is the state of a stream under other weights; delete it to begin anew")
     if tensors.keys() != expected.keys() or any(tensors[k].shape != expected[k].shape for k in expected):
         raise RunError(f"{path}: holds {', '.join(tensors)}, expected the state of one stream of this model")
-    return {k: v.to(expected[k]) for k, v in tensors.items()}, int(about["frames"]), int(about["offset"])
+    try:
+        frames, offset = int(about["frames"]), int(about["offset"])
+    except (KeyError, ValueError):
+        raise RunError(
+            f"{path}: does not say how many frames and bytes it comes after; delete it to begin anew"
+        ) from None
+    return {k: v.to(expected[k]) for k, v in tensors.items()}, frames, offset
 
 
 def detect(

@@ -254,7 +254,10 @@ def recurrence_tests(op: str) -> dict[str, Callable[..., None]]:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=lambda d: str(d)[6:])
     @pytest.mark.parametrize("size", [(1, 1), (3, 5), (70, 37), (64, 128), (515, 64)])
     def test_short_weights(size: tuple[int, int], dtype: torch.dtype) -> None:
-        """The step is that of the rounded weights (int8: of rounded inputs too), and of nothing else."""
+        """The step is that of the rounded weights (int8: of rounded inputs too), and of nothing else.
+
+        Beside bf16 weights inputs have 17 bits of mantissa at least.
+        """
         cell = getattr(pyflowgen, op.upper() + "Cell")(*size)
         short = copy.deepcopy(cell).pack(dtype)
 
@@ -283,13 +286,13 @@ def recurrence_tests(op: str) -> dict[str, Callable[..., None]]:
                 x = torch.randn(batch, size[0])
                 want, state = step(x, state), short.step(x, state)
                 for a, b in zip(flat(state), want, strict=True):
-                    assert (a - b).abs().max().item() < 3e-6
+                    assert (a - b).abs().max().item() < (2e-5 if dtype is torch.bfloat16 else 3e-6)
 
     @kernel
     @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
     def test_not_a_number_is_seen(dtype: torch.dtype | None) -> None:
         cell = getattr(pyflowgen, op.upper() + "Cell")(5, 20).pack(dtype)
-        for value in (float("nan"), float("inf")):
+        for value in (float("nan"), float("inf"), -3.4e38):  # the last is beyond bf16's largest
             x = torch.zeros(2, 5)
             x[1, 3] = value
             h = flat(cell.step(x, cell.init_state(2)))[0]
@@ -297,6 +300,8 @@ def recurrence_tests(op: str) -> dict[str, Callable[..., None]]:
             assert h[0].isfinite().all()
             if value != value:
                 assert h[1].isnan().all() and want[1].isnan().all()
+            elif dtype is not torch.int8 or value < 0:
+                torch.testing.assert_close(h, want, rtol=0, atol=1e-2, equal_nan=True)
             cell.pack(dtype)
         if dtype is torch.int8:
             with torch.no_grad():

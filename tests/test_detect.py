@@ -27,7 +27,7 @@ from pyflowgen.data.streams import Stream, Streams, toy_streams
 from pyflowgen.detect import Detection, Latency, Reader, by_steps, detect, evaluate, stream_scores
 from pyflowgen.models import GRUDetector, LSTMDetector, RealNVP
 from pyflowgen.recipes import load_run
-from pyflowgen.train import CHECKPOINT, TrainConfig, fit, read_config, read_metrics, read_tensors
+from pyflowgen.train import CHECKPOINT, TrainConfig, fit, read_config, read_metrics, read_tensors, write_tensors
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--data", "toy-streams", "--set", "hidden=8", "--no-progress"]
@@ -410,6 +410,12 @@ def test_a_state_of_other_weights_is_refused(trained, tmp_path):
     other = tmp_path / "other"
     assert run("train", "lstm", *SMALL, "--out", other, "--epochs", 1, "--seed", 5).exit_code == 0
     fails("detect", other, path, "--state", state, words=[state, "other weights"])
+    tensors, about = read_tensors(state)
+    for lost in ("frames", "offset"):
+        write_tensors(state, tensors, {k: v for k, v in about.items() if k != lost})
+        fails("detect", trained, path, "--state", state, words=[state, "how many frames"])
+    write_tensors(state, dict(list(tensors.items())[1:]), about)
+    fails("detect", trained, path, "--state", state, words=[state, "state of one stream"])
     state.write_bytes(b"junk")
     fails("detect", trained, path, "--state", state, words=[state, "cannot be read"])
 

@@ -494,7 +494,7 @@ def test_short_steps(dtype, how):
             h, cache = layer.step(x[:, t], cache)
             want = short_steps(layer, x[:, max(0, t + 1 - window) : t + 1], dtype)
             # an input of 8 bits may round the other way in float64
-            bound = 2e-6 if dtype is torch.bfloat16 else 2e-2
+            bound = 2e-5 if dtype is torch.bfloat16 else 2e-2  # beside bf16 weights inputs have 17 bits
             assert (h - want).abs().max() < bound and (h - want).abs().mean() < bound / 10, (batch, t)
 
 

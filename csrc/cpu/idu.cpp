@@ -419,7 +419,9 @@ template <class W> void step_as(const Step& o, const Tensor& packed) {
                                    y,     nullptr, nullptr};
       std::copy_n(shapes[p].depth, stream_parts, product.depth);
       product.in[0] = a;
-      PYFLOWGEN_CALL_OF((stream_product<float, W>), product, begin, end, bytes.get() + m.place * scratch);
+      char* const own = bytes.get() + m.place * scratch;
+      PYFLOWGEN_CALL_OF((stream_inputs<float, W>), product, own);
+      PYFLOWGEN_CALL_OF((stream_product<float, W>), product, begin, end, own);
     };
     const int64_t all = PYFLOWGEN_CALL(stream_blocks<float>, false, 2 * hidden), width = 2 * hidden;
     multiply(of_chunk, o.x, fresh, m.begin(all), m.end(all));

@@ -30,9 +30,13 @@ template int64_t recurrent_panels<float>(int64_t);
 template int64_t recurrent_panels<double>(int64_t);
 template int64_t recurrent_panel_width<float>();
 template int64_t recurrent_panel_width<double>();
-template int64_t recurrent_scratch_bytes<float>(int64_t, int64_t);
-template int64_t recurrent_scratch_bytes<double>(int64_t, int64_t);
-template int64_t recurrent_scratch_bytes<bf16>(int64_t, int64_t);
-template int64_t recurrent_scratch_bytes<int8_t>(int64_t, int64_t);
+template int64_t recurrent_scratch_bytes<float>(int64_t, int64_t, int64_t);
+template int64_t recurrent_scratch_bytes<double>(int64_t, int64_t, int64_t);
+template int64_t recurrent_scratch_bytes<bf16>(int64_t, int64_t, int64_t);
+template int64_t recurrent_scratch_bytes<int8_t>(int64_t, int64_t, int64_t);
+template void recurrent_inputs<float, float>(const RecurrentStep<float>&, void*);
+template void recurrent_inputs<float, bf16>(const RecurrentStep<float>&, void*);
+template void recurrent_inputs<float, int8_t>(const RecurrentStep<float>&, void*);
+template void recurrent_inputs<double, double>(const RecurrentStep<double>&, void*);
 
 }  // namespace pyflowgen::PYFLOWGEN_ISA

@@ -11,11 +11,13 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/dense.h"
+#include "cpu/shares.h"
 #include "cpu/team.h"
 #include "linear.h"
 #include "recurrence.h"
@@ -404,6 +406,15 @@ template <class Cell> Tensor pack(const Tensor& weight_ih, const Tensor& weight_
   });
 }
 
+// Whether to go through the weights from their end: every second time. What a core read last is then still in its own
+// cache; always from the front it would push out what it is about to need. A bit for each calling thread and address:
+// one that is wrong costs time alone.
+inline bool turn(const Tensor& weights) {
+  static thread_local std::array<bool, 64> turns{};
+  bool& t = turns[size_t(reinterpret_cast<uintptr_t>(weights.data_ptr()) >> 12) % turns.size()];
+  return t = !t;
+}
+
 // One step of a stream with packed weights. Every microsecond counts: few checks, no temporaries, one parallel region.
 template <class Cell, class T, class W> void step_as(const RecurrentStep<T>& o, const Tensor& packed) {
   const int64_t bytes = PYFLOWGEN_CALL_OF((recurrent_packed_bytes<Cell, T, W>), o.in, o.hidden);
@@ -412,14 +423,20 @@ template <class Cell, class T, class W> void step_as(const RecurrentStep<T>& o, 
   const int64_t blocks = PYFLOWGEN_CALL(recurrent_blocks<T>, o.hidden);
   // Weights that one core reads in less time than another takes to wake up.
   constexpr int64_t alone = 256 << 10;
+  constexpr int64_t turned = 3 << 19;  // what is read from both ends in turn, see turn()
   const int64_t work = bytes * std::max<int64_t>(1, o.batch / 4);
   const int64_t threads =
       work < 2 * alone ? 1 : std::min<int64_t>({int64_t(torch::stable::get_num_threads()), work / alone, blocks});
-  const int64_t scratch = PYFLOWGEN_CALL(recurrent_scratch_bytes<W>, o.in, o.hidden);
-  std::vector<uint8_t> buffer(size_t(threads * scratch));
+  const int64_t scratch = (PYFLOWGEN_CALL(recurrent_scratch_bytes<W>, o.batch, o.in, o.hidden) + 63) / 64 * 64;
+  alignas(64) char few[8192];
+  std::unique_ptr<char[]> many;
+  if (threads * scratch > int64_t(sizeof few)) many = std::make_unique_for_overwrite<char[]>(size_t(threads * scratch));
+  char* const room = many ? many.get() : few;
+  Shares shares(threads, blocks, bytes / threads <= turned && turn(packed));
   in_threads(threads, [&](int64_t i) {
-    PYFLOWGEN_CALL_OF((recurrent_step<Cell, T, W>), o, blocks * i / threads, blocks * (i + 1) / threads,
-                      buffer.data() + i * scratch);
+    char* const own = room + i * scratch;
+    PYFLOWGEN_CALL_OF((recurrent_inputs<T, W>), o, own);
+    shares.each(i, [&](int64_t b) { PYFLOWGEN_CALL_OF((recurrent_step<Cell, T, W>), o, b, own); });
   });
 }
 

@@ -102,6 +102,66 @@ template <class Cell, bool h_part, int rows> PYFLOWGEN_INLINE void accumulate(f3
   if (k < depth) add(k, false);
 }
 
+// The same of inputs that `halves` has split, where the processor multiplies pairs of bf16 (AVX512_BF16): no widening.
+// The sums of the upper and the lower halves hide each other's latency.
+PYFLOWGEN_INLINE bool multiplies_pairs() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+inline constexpr int pair_rows = 3;  // two accumulators for each gate
+#if defined(__AVX512F__)
+template <class Cell, bool h_part, int rows>
+[[gnu::target("avx512bf16")]] void accumulate_pairs(f32v (&sum)[rows][4], int64_t pairs, const uint64_t* q,
+                                                    int64_t q_row, const bf16* panel) {
+  constexpr int gates = Cell::gates;
+  __m512 upper[rows][gates], lower[rows][gates];
+#pragma GCC unroll 3
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int g = 0; g < gates; ++g) upper[r][g] = (__m512)sum[r][slot<Cell>(g, h_part)], lower[r][g] = __m512{};
+  for (int64_t k = 0; k < pairs; ++k, panel += gates * 32) {
+    __m512bh w[gates];
+#pragma GCC unroll 4
+    for (int g = 0; g < gates; ++g) w[g] = (__m512bh)_mm512_loadu_si512(panel + g * 32);
+#pragma GCC unroll 3
+    for (int r = 0; r < rows; ++r) {
+      float both[2];  // floats, for they are broadcast from memory
+      __builtin_memcpy(both, q + r * q_row + k, sizeof both);
+      const __m512bh first = (__m512bh)_mm512_set1_ps(both[0]), second = (__m512bh)_mm512_set1_ps(both[1]);
+#pragma GCC unroll 4
+      for (int g = 0; g < gates; ++g) {
+        upper[r][g] = _mm512_dpbf16_ps(upper[r][g], first, w[g]);
+        lower[r][g] = _mm512_dpbf16_ps(lower[r][g], second, w[g]);
+      }
+    }
+  }
+#pragma GCC unroll 3
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int g = 0; g < gates; ++g) sum[r][slot<Cell>(g, h_part)] = (f32v)(upper[r][g] + lower[r][g]);
+}
+#endif
+
+// Row a[depth] for accumulate_pairs: of two inputs the nearest bf16, then that of what is left of them; together 17
+// bits of the mantissa. Writes whole vectors.
+PYFLOWGEN_INLINE void halves(int64_t depth, const float* a, uint64_t* q) {
+  constexpr int side = lanes<float>;
+  typedef uint64_t u64v __attribute__((vector_size(vector_bytes)));
+  const auto pairs = [](u32v bits) { return ((u64v)bits >> 16 & 0xffff) | ((u64v)bits >> 32 & 0xffff0000); };
+  for (int64_t k = 0; k < depth; k += side) {
+    const f32v x = load_first<float>(a + k, int(std::min<int64_t>(side, depth - k)));
+    const u32v whole = (u32v)x & 0xffff0000, nearest = ((u32v)x + 0x8000) & 0xffff0000;
+    const u32v upper = (nearest & 0x7f800000) == 0x7f800000 ? whole : nearest;
+    const f32v left = ((u32v)x & 0x7fffffff) == 0x7f800000 ? f32v{} : x - (f32v)upper;  // inf is whole
+    const u32v bits = (u32v)left, rounded = bits + 0x7fff + (bits >> 16 & 1), lower = left == left ? rounded : bits;
+    const u64v both = pairs(upper) | pairs(lower) << 32;
+    __builtin_memcpy(q + k / 2, &both, sizeof both);
+  }
+}
+
 // ---- int8 --------------------------------------------------------------------------------------------------------
 typedef int16_t i16v __attribute__((vector_size(vector_bytes)));
 typedef int8_t i8v __attribute__((vector_size(vector_bytes)));
@@ -217,9 +277,52 @@ PYFLOWGEN_INLINE void accumulate_int8(f32v (&sum)[rows][4], int64_t depth, const
 }
 
 // ---- one step of a stream ----------------------------------------------------------------------------------------
+// Inputs as storage W takes them, where it does not take floats: `quantize` for int8, `halves` for bf16.
+template <class W> PYFLOWGEN_INLINE bool changes_inputs() {
+  return std::is_same_v<W, int8_t> || (std::is_same_v<W, bf16> && multiplies_pairs());
+}
+template <class W> PYFLOWGEN_INLINE int64_t input_bytes(int64_t depth) {
+  return changes_inputs<W>() ? padded<W>(depth) * (std::is_same_v<W, bf16> ? 4 : 1) : 0;
+}
+// Of one row, followed by room for a vector; returns int8's scale.
+template <class W> PYFLOWGEN_INLINE float change_input(int64_t depth, const float* a, uint8_t* to) {
+  if constexpr (std::is_same_v<W, int8_t>) return quantize(depth, a, to);
+  halves(depth, a, reinterpret_cast<uint64_t*>(to));
+  return 0;
+}
+// Rows that share a pass over the weights.
+template <class W> PYFLOWGEN_INLINE int rows_at_once() {
+  return std::is_same_v<W, bf16> && multiplies_pairs() ? pair_rows : step_rows;
+}
+
+// sum += x's or h's part of the arguments of so many rows: floats a, or what change_input made of them. int8 weights
+// have scales and offsets, the inputs a scale for each row.
+template <class Cell, bool h_part, int rows, class T, class W>
+PYFLOWGEN_INLINE void accumulate_part(Pack<T> (&sum)[rows][4], int64_t depth, const T* a, const uint8_t* q,
+                                      int64_t q_row, const float* scale, const W* panel, const float* w_scales,
+                                      const int32_t* offsets) {
+  if constexpr (std::is_same_v<W, int8_t>) {
+    accumulate_int8<Cell, h_part, rows>(sum, depth, q, q_row, scale, panel, w_scales, offsets);
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<W, bf16> && rows <= pair_rows)
+      if (multiplies_pairs())
+        return accumulate_pairs<Cell, h_part, rows>(sum, padded<W>(depth) / 2, reinterpret_cast<const uint64_t*>(q),
+                                                    q_row / 8, panel);
+#endif
+    accumulate<Cell, h_part, rows>(sum, depth, a, depth, panel);
+  }
+}
+
+// The inputs of a step in scratch: of each row those made of x and of h, then all rows' scales of x, then those of h.
+template <class W> struct StepInputs {
+  int64_t x, row, scales;
+  PYFLOWGEN_INLINE StepInputs(int64_t batch, int64_t in, int64_t hidden)
+      : x(input_bytes<W>(in)), row(x + input_bytes<W>(hidden)), scales(batch * row + vector_bytes) {}
+};
+
 template <class Cell, class T, class W, int rows>
-PYFLOWGEN_INLINE void step_tile(const RecurrentStep<T>& o, int64_t block, int64_t row, const uint8_t* q, int64_t q_row,
-                                const float* scale) {
+[[gnu::noinline]] void step_tile(const RecurrentStep<T>& o, int64_t block, int64_t row, const void* scratch) {
   const Block<Cell, T, W> place(o.in, o.hidden);
   const char* base = static_cast<const char*>(o.packed) + block * place.size;
   const T* start = reinterpret_cast<const T*>(base + place.start);
@@ -229,17 +332,15 @@ PYFLOWGEN_INLINE void step_tile(const RecurrentStep<T>& o, int64_t block, int64_
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) sum[r][g] = load<T>(start + g * lanes<T>);
   const W *x_panel = reinterpret_cast<const W*>(base), *h_panel = reinterpret_cast<const W*>(base + place.h);
-  if constexpr (std::is_same_v<W, int8_t>) {
-    constexpr int each = Cell::gates * lanes<T>;
-    const float* scales = reinterpret_cast<const float*>(base + place.scale);
-    const int32_t* offsets = reinterpret_cast<const int32_t*>(scales) + 2 * each;
-    accumulate_int8<Cell, false, rows>(sum, o.in, q, q_row, scale, x_panel, scales, offsets);
-    accumulate_int8<Cell, true, rows>(sum, o.hidden, q + padded<W>(o.in), q_row, scale + rows, h_panel, scales + each,
-                                      offsets + each);
-  } else {
-    accumulate<Cell, false, rows>(sum, o.in, o.x + row * o.in, o.in, x_panel);
-    accumulate<Cell, true, rows>(sum, o.hidden, o.h + row * o.hidden, o.hidden, h_panel);
-  }
+  constexpr int each = Cell::gates * lanes<T>;
+  const StepInputs<W> at(o.batch, o.in, o.hidden);
+  const uint8_t* q = static_cast<const uint8_t*>(scratch) + row * at.row;
+  const float* scale = reinterpret_cast<const float*>(static_cast<const uint8_t*>(scratch) + at.scales) + row;
+  const float* w_scales = reinterpret_cast<const float*>(base + place.scale);
+  const int32_t* offsets = reinterpret_cast<const int32_t*>(w_scales) + 2 * each;
+  accumulate_part<Cell, false, rows, T, W>(sum, o.in, o.x + row * o.in, q, at.row, scale, x_panel, w_scales, offsets);
+  accumulate_part<Cell, true, rows, T, W>(sum, o.hidden, o.h + row * o.hidden, q + at.x, at.row, scale + o.batch,
+                                          h_panel, w_scales + each, offsets + each);
   const int64_t unit = block * lanes<T>;
   const int count = int(std::min<int64_t>(lanes<T>, o.hidden - unit));
 #pragma GCC unroll 6
@@ -249,21 +350,6 @@ PYFLOWGEN_INLINE void step_tile(const RecurrentStep<T>& o, int64_t block, int64_
     store_first<T>(o.h_next + at, Pointwise<Cell>::forward(sum[r], carry), count);
     if (Cell::has_cell) store_first<T>(o.c_next + at, carry, count);
   }
-}
-
-// Rows [row, row + n) of blocks begin <= b < end.
-template <class Cell, class T, class W, int rows>
-[[gnu::noinline]] void step_rows_of(const RecurrentStep<T>& o, int64_t begin, int64_t end, int64_t row, void* scratch) {
-  uint8_t* q = static_cast<uint8_t*>(scratch);
-  float scale[2 * rows];
-  const int64_t q_row = recurrent_scratch_bytes<W>(o.in, o.hidden) / step_rows;
-  if constexpr (std::is_same_v<W, int8_t>)
-    for (int r = 0; r < rows; ++r) {
-      uint8_t* to = q + r * q_row;
-      scale[r] = quantize(o.in, o.x + (row + r) * o.in, to);
-      scale[rows + r] = quantize(o.hidden, o.h + (row + r) * o.hidden, to + padded<W>(o.in));
-    }
-  for (int64_t b = begin; b < end; ++b) step_tile<Cell, T, W, rows>(o, b, row, q, q_row, scale);
 }
 
 template <class F, int... n> PYFLOWGEN_INLINE void with_rows(int rows, std::integer_sequence<int, n...>, const F& f) {
@@ -414,15 +500,31 @@ template <class Cell, class T> bool recurrent_pack_matches(const RecurrentWeight
 }
 
 // ---- forward -----------------------------------------------------------------------------------------------------
-template <class W> int64_t recurrent_scratch_bytes(int64_t in, int64_t hidden) {
-  return std::is_same_v<W, int8_t> ? step_rows * (padded<W>(in) + padded<W>(hidden) + vector_bytes) : 0;
+template <class W> int64_t recurrent_scratch_bytes(int64_t batch, int64_t in, int64_t hidden) {
+  return changes_inputs<W>() ? StepInputs<W>(batch, in, hidden).scales + 2 * batch * int64_t(sizeof(float)) : 0;
+}
+
+template <class T, class W> void recurrent_inputs(const RecurrentStep<T>& o, void* scratch) {
+  if constexpr (!std::is_same_v<W, T>) {
+    if (!changes_inputs<W>()) return;
+    const StepInputs<W> at(o.batch, o.in, o.hidden);
+    uint8_t* q = static_cast<uint8_t*>(scratch);
+    float* scale = reinterpret_cast<float*>(q + at.scales);
+    for (int64_t r = 0; r < o.batch; ++r) {
+      scale[r] = change_input<W>(o.in, o.x + r * o.in, q + r * at.row);
+      scale[o.batch + r] = change_input<W>(o.hidden, o.h + r * o.hidden, q + r * at.row + at.x);
+    }
+  }
 }
 
 template <class Cell, class T, class W>
-void recurrent_step(const RecurrentStep<T>& o, int64_t begin, int64_t end, void* scratch) {
-  for (int64_t row = 0; row < o.batch; row += step_rows)
-    with_rows(int(std::min<int64_t>(step_rows, o.batch - row)),
-              [&](auto rows) { step_rows_of<Cell, T, W, decltype(rows)::value>(o, begin, end, row, scratch); });
+void recurrent_step(const RecurrentStep<T>& o, int64_t block, const void* scratch) {
+  const int64_t tiles = ceil_div(o.batch, rows_at_once<W>());
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t row = part_start(o.batch, tiles, t);
+    with_rows(int(part_start(o.batch, tiles, t + 1) - row),
+              [&](auto rows) { step_tile<Cell, T, W, decltype(rows)::value>(o, block, row, scratch); });
+  }
 }
 
 template <class Cell, class T> void recurrent_forward(const RecurrentForward<T>& o, int64_t t, int64_t begin,
@@ -515,7 +617,7 @@ template <class Cell, class T> void recurrent_backward_hidden(const RecurrentBac
 #define PYFLOWGEN_RECURRENT_STEP(Cell, T, W) \
   template int64_t recurrent_packed_bytes<Cell, T, W>(int64_t, int64_t); \
   template void recurrent_pack<Cell, T, W>(const RecurrentWeights<T>&, void*, int64_t, int64_t); \
-  template void recurrent_step<Cell, T, W>(const RecurrentStep<T>&, int64_t, int64_t, void*);
+  template void recurrent_step<Cell, T, W>(const RecurrentStep<T>&, int64_t, const void*);
 #define PYFLOWGEN_RECURRENT(Cell, T) \
   PYFLOWGEN_RECURRENT_STEP(Cell, T, T) \
   template bool recurrent_pack_matches<Cell, T>(const RecurrentWeights<T>&, const void*); \

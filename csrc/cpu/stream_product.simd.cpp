@@ -32,15 +32,26 @@ template <class T, class W> struct Piece {
 
 template <class T> PYFLOWGEN_INLINE int64_t block_units(bool cell) { return cell ? lanes<T> : vectors * lanes<T>; }
 
-// Inputs as bytes: row r of part p is at q[p] + r * depth, its scale at scale[p][r].
-struct Bytes {
+// Inputs as W takes them: row r of part p is at q[p] + r * input_bytes, its scale at scale[p][r].
+struct Inputs {
   uint8_t* q[stream_parts];
   float* scale[stream_parts];
 };
+template <class T, class W> PYFLOWGEN_INLINE Inputs inputs(const StreamProduct<T>& o, void* scratch) {
+  Inputs at{};
+  if (!changes_inputs<W>()) return at;
+  float* scale = static_cast<float*>(scratch);
+  uint8_t* q = reinterpret_cast<uint8_t*>(scale + stream_parts * o.rows);
+  for (int p = 0; p < stream_parts; ++p) {
+    at.q[p] = q, at.scale[p] = scale;
+    if (o.in[p]) q += o.rows * input_bytes<W>(o.depth[p]) + vector_bytes, scale += o.rows;
+  }
+  return at;
+}
 
 template <class T, class W, int rows> [[gnu::noinline]] void product_rows(const StreamProduct<T>& o,
                                                                           const Piece<T, W>& place, int64_t block,
-                                                                          int64_t row, const Bytes& bytes) {
+                                                                          int64_t row, const Inputs& given) {
   const char* base = static_cast<const char*>(o.packed) + block * place.size;
   const T* start = reinterpret_cast<const T*>(base + place.start);
   Pack<T> sum[rows][vectors];
@@ -51,14 +62,11 @@ template <class T, class W, int rows> [[gnu::noinline]] void product_rows(const 
   for (int p = 0; p < stream_parts; ++p) {
     if (!o.in[p]) continue;
     const W* panel = reinterpret_cast<const W*>(base + place.part[p]);
-    if constexpr (std::is_same_v<W, int8_t>) {
-      const float* scales = reinterpret_cast<const float*>(base + place.scale[p]);
-      const int64_t q_row = padded<W>(o.depth[p]);
-      accumulate_int8<Lstm, false, rows>(sum, o.depth[p], bytes.q[p] + row * q_row, q_row, bytes.scale[p] + row, panel,
-                                         scales, reinterpret_cast<const int32_t*>(scales) + vectors * lanes<T>);
-    } else {
-      accumulate<Lstm, false, rows>(sum, o.depth[p], o.in[p] + row * o.depth[p], o.depth[p], panel);
-    }
+    const float* scales = reinterpret_cast<const float*>(base + place.scale[p]);
+    const int64_t q_row = input_bytes<W>(o.depth[p]);
+    accumulate_part<Lstm, false, rows, T, W>(sum, o.depth[p], o.in[p] + row * o.depth[p], given.q[p] + row * q_row,
+                                             q_row, given.scale[p] + row, panel, scales,
+                                             reinterpret_cast<const int32_t*>(scales) + vectors * lanes<T>);
   }
   const int64_t unit = block * block_units<T>(o.cell);
 #pragma GCC unroll 6
@@ -125,32 +133,35 @@ void stream_pack(const StreamWeights<T>& o, void* packed, T* scratch, int64_t be
 }
 
 template <class T, class W> int64_t stream_scratch_bytes(int64_t rows, int64_t depth) {
-  // quantize writes whole vectors: room for one after each part.
-  return std::is_same_v<W, int8_t>
-             ? rows * (padded<W>(depth) + stream_parts * (4 + int64_t(sizeof(float)))) + stream_parts * vector_bytes
-             : 0;
+  // Room for a vector after each part, and what padding adds to its rows.
+  return changes_inputs<W>() ? rows * (input_bytes<W>(depth) + stream_parts * (16 + int64_t(sizeof(float)))) +
+                                   stream_parts * vector_bytes
+                             : 0;
 }
 
-template <class T, class W> void stream_product(const StreamProduct<T>& o, int64_t begin, int64_t end, void* scratch) {
-  const Piece<T, W> place(o.depth);
-  Bytes bytes{};
-  if constexpr (std::is_same_v<W, int8_t>) {
-    float* scale = static_cast<float*>(scratch);
-    uint8_t* q = reinterpret_cast<uint8_t*>(scale + stream_parts * o.rows);
+template <class T, class W> void stream_inputs(const StreamProduct<T>& o, void* scratch) {
+  if constexpr (!std::is_same_v<W, T>) {
+    if (!changes_inputs<W>()) return;
+    const Inputs at = inputs<T, W>(o, scratch);
     for (int p = 0; p < stream_parts; ++p) {
-      bytes.q[p] = q, bytes.scale[p] = scale;
       if (!o.in[p]) continue;
-      const int64_t q_row = padded<W>(o.depth[p]);
-      for (int64_t r = 0; r < o.rows; ++r) scale[r] = quantize(o.depth[p], o.in[p] + r * o.depth[p], q + r * q_row);
-      q += o.rows * q_row + vector_bytes, scale += o.rows;
+      const int64_t q_row = input_bytes<W>(o.depth[p]);
+      for (int64_t r = 0; r < o.rows; ++r)
+        at.scale[p][r] = change_input<W>(o.depth[p], o.in[p] + r * o.depth[p], at.q[p] + r * q_row);
     }
   }
-  const int64_t tiles = ceil_div(o.rows, step_rows);
+}
+
+template <class T, class W>
+void stream_product(const StreamProduct<T>& o, int64_t begin, int64_t end, const void* scratch) {
+  const Piece<T, W> place(o.depth);
+  const Inputs at = inputs<T, W>(o, const_cast<void*>(scratch));
+  const int64_t tiles = ceil_div(o.rows, rows_at_once<W>());
   for (int64_t block = begin; block < end; ++block)
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t row = part_start(o.rows, tiles, t);
       with_rows(int(part_start(o.rows, tiles, t + 1) - row),
-                [&](auto rows) { product_rows<T, W, decltype(rows)::value>(o, place, block, row, bytes); });
+                [&](auto rows) { product_rows<T, W, decltype(rows)::value>(o, place, block, row, at); });
     }
 }
 
@@ -158,7 +169,8 @@ template <class T, class W> void stream_product(const StreamProduct<T>& o, int64
   template int64_t stream_packed_bytes<T, W>(const StreamWeights<T>&); \
   template void stream_pack<T, W>(const StreamWeights<T>&, void*, T*, int64_t, int64_t); \
   template int64_t stream_scratch_bytes<T, W>(int64_t, int64_t); \
-  template void stream_product<T, W>(const StreamProduct<T>&, int64_t, int64_t, void*);
+  template void stream_inputs<T, W>(const StreamProduct<T>&, void*); \
+  template void stream_product<T, W>(const StreamProduct<T>&, int64_t, int64_t, const void*);
 PYFLOWGEN_STREAM(float, float)
 PYFLOWGEN_STREAM(float, bf16)
 PYFLOWGEN_STREAM(float, int8_t)

@@ -15,6 +15,7 @@
 
 #include "cpu/packed.h"
 #include "cpu/recurrence_call.h"
+#include "cpu/shares.h"
 #include "stream_product.h"
 
 namespace pyflowgen {
@@ -511,22 +512,43 @@ template <class T, class W> void step_as(const Step<T>& o, const Tensor& packed)
   T *x = room.get(), *states = x + B * F, *cells = states + (L + 1) * B * H, *rows = cells + B * H;
   const char* weights = static_cast<const char*>(packed.data_ptr());
 
+  // One for each product that the threads share, in the order of the frame.
+  std::vector<Shares> shares;
+  shares.reserve(size_t(L + 5));
+  const auto next = [&](int p, bool backwards) { shares.emplace_back(threads, blocks[p], backwards); };
+  const auto next_decoder = [&] {
+    next(hx_layer, false), next(cx_layer, false);
+    // To and fro: a core finds what it read last in its cache.
+    for (int64_t i = 0; i < L; ++i) next(decoder, i % 2 == 1);
+    next(future_layer, false);
+  };
+  next(input, false);
+  if (o.previous) next_decoder();
+  next(encoder, false);
+  if (!o.previous) next_decoder();
+
   in_team(threads, [&](const Member& m) {
     T *u = room.get() + shared + m.place * own, *mean = u + B * H, *q = mean + B * H;
+    Shares* turn = shares.data();
     const auto multiply = [&](int p, int64_t n, std::initializer_list<const T*> in, bool relu, T* y, const T* c,
-                              T* c_next, const Member& part) {
+                              T* c_next, Shares* between) {
       StreamProduct<T> product{is_cell(p), relu, n, shapes[p].units, {}, {}, weights + layout[p], y, c, c_next};
       std::copy_n(shapes[p].depth, stream_parts, product.depth);
       std::copy(in.begin(), in.end(), product.in);
       with_storage<T, W>(p, [&]<class V>() {
-        PYFLOWGEN_CALL_OF((stream_product<T, V>), product, part.begin(blocks[p]), part.end(blocks[p]),
-                          bytes.get() + m.place * scratch);
+        char* const given = bytes.get() + m.place * scratch;
+        const auto go = [&](int64_t begin, int64_t end) {
+          PYFLOWGEN_CALL_OF((stream_product<T, V>), product, begin, end, given);
+        };
+        PYFLOWGEN_CALL_OF((stream_inputs<T, V>), product, given);
+        if (between) between->each(m.place, [&](int64_t block) { go(block, block + 1); });
+        else go(0, blocks[p]);
       });
     };
     const auto share = [&](int p, int64_t n, std::initializer_list<const T*> in, bool relu, T* y, const T* c = nullptr,
-                           T* c_next = nullptr) { multiply(p, n, in, relu, y, c, c_next, m); };
+                           T* c_next = nullptr) { multiply(p, n, in, relu, y, c, c_next, turn++); };
     const auto alone = [&](int p, const T* in, bool relu, T* y) {
-      multiply(p, B, {in}, relu, y, nullptr, nullptr, {0, 1, nullptr});
+      multiply(p, B, {in}, relu, y, nullptr, nullptr, nullptr);
     };
     const auto decode = [&](const T* h, const T* c) {
       share(hx_layer, B, {h}, true, states), share(cx_layer, B, {c}, true, cells);

@@ -4,8 +4,10 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/shares.h"
 #include "cpu/team.h"
 
+using pyflowgen::Shares;
 using pyflowgen::Team;
 
 namespace {
@@ -36,6 +38,27 @@ bool meets(int64_t parts, const std::vector<int64_t>& taken, int rounds) {
   return right && team.size() + late == int64_t(taken.size());
 }
 
+// `present` threads of `parts` find every block once; alone in its part, a thread has the order it was promised.
+bool shares(int64_t parts, int64_t present, int64_t blocks, bool backwards) {
+  Shares all(parts, blocks, backwards);
+  std::vector<std::atomic<int>> found(static_cast<size_t>(blocks));
+  std::vector<std::vector<int64_t>> order(static_cast<size_t>(present));
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < present; ++i)
+    threads.emplace_back(
+        [&, i] { all.each(i, [&](int64_t b) { ++found[size_t(b)], order[size_t(i)].push_back(b); }); });
+  for (auto& thread : threads) thread.join();
+  bool right = true;
+  for (auto& count : found) right = right && count == 1;
+  for (int64_t i = 0; i < present; ++i) {
+    const int64_t begin = blocks * i / parts, end = blocks * (i + 1) / parts;
+    int64_t next = backwards ? end - 1 : begin;
+    for (const int64_t b : order[size_t(i)])
+      if (b >= begin && b < end) right = right && b == (backwards ? next-- : next++);
+  }
+  return right;
+}
+
 }  // namespace
 
 int main() {
@@ -53,6 +76,12 @@ int main() {
     expect(team.join(1) == 0 && team.size() == 1, "alone");
     team.meet();
     expect(team.join(1) == -1, "too late");
+  }
+  for (const bool backwards : {false, true}) {
+    expect(shares(1, 1, 7, backwards), "blocks of one thread");
+    expect(shares(2, 2, 1001, backwards), "blocks of two");
+    expect(shares(4, 2, 103, backwards), "blocks of those who did not come");
+    expect(shares(3, 3, 2, backwards) && shares(2, 2, 0, backwards), "fewer blocks than threads");
   }
   return failed;
 }
