@@ -107,13 +107,6 @@ template <class T> void add_taps(const Window& window, int64_t begin, int64_t en
   });
 }
 
-// Lines that a tile reads or writes when its products are done: from a distant cache they come while these run.
-template <class T, bool write>
-PYFLOWGEN_INLINE void prefetch_tile(int64_t rows, int columns, const T* tile, int64_t stride) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += 64 / int64_t(sizeof(T))) __builtin_prefetch(tile + i * stride + j, write);
-}
-
 // out[rows][stride] = finish(A B, given); then after(pack, place) on what is not yet activated.
 template <class T, class After> void product(int64_t rows, const Shape& s, const T* a, int64_t a_row, const T* panels,
                                              T* out, int64_t out_row, const T* given, int64_t given_row, Finish finish,
@@ -125,8 +118,6 @@ template <class T, class After> void product(int64_t rows, const Shape& s, const
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t m = part_start(rows, steps, t), count = part_start(rows, steps, t + 1) - m;
       T* const tile = out + m * out_row + n;
-      prefetch_tile<T, true>(count, used, tile, out_row);
-      if (given_row) prefetch_tile<T, false>(count, used, given + m * given_row + n, given_row);
       gemm_tile<T>(int(count), used, s.depth, a + m * a_row, a_row, 1, panels,
                    given ? given + m * given_row + n : given, given_row, tile, out_row, finish);
       if constexpr (!std::is_same_v<After, std::nullptr_t>)
@@ -175,7 +166,6 @@ void add_outer(bool add, int64_t rows, int64_t height, int64_t columns, const T*
     for (int64_t t = 0; t < steps; ++t) {
       const int64_t m = part_start(height, steps, t), count = part_start(height, steps, t + 1) - m;
       T* const tile = sums + m * stride + n;
-      prefetch_tile<T, true>(count, used, tile, stride);
       gemm_tile<T>(int(count), used, rows, a + m, 1, a_stride, panel, add ? tile : nullptr, stride, tile, stride);
     }
   }
