@@ -223,7 +223,7 @@ PYFLOWGEN_INLINE void tile8_in(const float* const* rows, int64_t column, float* 
   for (int i = 0; i < 8; ++i) store(packs + 16 * i, v[i]);
 }
 PYFLOWGEN_INLINE void store_halves(float* low, float* high, f32v v) {
-  _mm256_storeu_ps(low, _mm512_castps512_ps256((__m512)v));
+  _mm256_storeu_ps(low, (__m256)__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7));
   _mm256_storeu_ps(high, _mm512_maskz_extractf32x8_ps(__mmask8(-1), (__m512)v, 1));
 }
 PYFLOWGEN_INLINE void tile8_out(float* const* rows, int64_t column, const float* packs) {
