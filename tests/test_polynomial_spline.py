@@ -34,7 +34,7 @@ def samples() -> list[Sample]:
         name, options = f"{degree}-{'inverse' if inverse else 'forward'}", dict(degree=degree, inverse=inverse)
         add(f"{name}-8", 1.5 * normal(9, 21), normal(9, 21, per(degree, 8)), **options)
         add(f"{name}-2", normal(9, 5), normal(9, 5, per(degree, 2)), bound=2.0, **options)
-        x = torch.rand(9, 21, dtype=torch.float64) * 0.9 + 0.04
+        x = torch.rand(9, 21, dtype=torch.float64, generator=torch.Generator().manual_seed(degree)) * 0.9 + 0.04
         add(f"{name}-no-tails", x, normal(9, 21, per(degree, 5, None)), tails=None, bound=(0.0, 1.0), **options)
         add(f"{name}-part", 2 * normal(9, 40), normal(9, 20 * per(degree, 4)), layout="channels", part=(1, 2), bins=4,
             **options)  # fmt: skip

@@ -112,7 +112,7 @@ def test_bad_parameters_are_seen(inverse):
     assert outside.isfinite().all()
     call = torch.ops.pyflowgen.rational_quadratic_spline  # the layer itself does not let them through
     arguments = list(battery.module._arguments(
-        x + 0.5, torch.zeros(3, 1, 13), None, None, (0.0, 1.0), None, inverse, None, None, None, "nflows", 1.0, 1,
+        x + 0.5, torch.zeros(3, 1, 13), None, None, (0.0, 1.0), None, inverse, None, None, None, "nflows", 1.0, None, 1,
         "last", None, None, None,
     ))  # fmt: skip
     y, logdet = call(x + 2, *arguments[1:])
